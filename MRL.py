@@ -1,0 +1,363 @@
+"""Matryoshka Representation Learning (arXiv 2205.13147): the method, and how its checkpoints are read.
+
+    model = build_model("resnet50", head="mrl")           # one backbone, nine classifiers on nested prefixes
+    loss = Matryoshka_CE_Loss(label_smoothing=0.1)        # sum of the nine cross-entropies
+    loss(model(images), labels).backward()
+
+    model = load_model("runs/<uuid>/final_weights.pt")    # eval mode; model.spec says what it is
+
+Every folder of the repository imports this file and no other folder.
+Letters used for shapes: N images, D features, C classes, G granularities (nested sizes).
+"""
+import json
+import math
+import os
+import pickle
+import re
+import sys
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+NESTING_LIST = [8, 16, 32, 64, 128, 256, 512, 1024, 2048]
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line: what, where, and what to do."""
+
+
+# ------------------------------------------------------------------------------------------------ heads
+
+class MRL_Linear_Layer(nn.Module):
+    """The nested classifiers (section 3; Algorithm 2): one linear classifier on each prefix of the features.
+
+    nesting_list: G increasing prefix sizes. num_classes: C.
+    efficient: False is MRL, G matrices `nesting_classifier_{i}` [C, size_i];
+               True is MRL-E, one matrix `nesting_classifier_0` [C, largest] whose columns all sizes share.
+    forward: x [N, D >= largest] -> tuple of G tensors [N, C].
+    """
+
+    def __init__(self, nesting_list, num_classes=1000, efficient=False, bias=True):
+        super().__init__()
+        self.nesting_list = check_nesting_list(nesting_list)
+        self.num_classes, self.efficient = num_classes, efficient
+        self._widths = [b - a for a, b in pairwise([0, *self.nesting_list])]
+        for i, size in enumerate(self.nesting_list[-1:] if efficient else self.nesting_list):
+            setattr(self, f"nesting_classifier_{i}", nn.Linear(size, num_classes, bias=bias))
+
+    def forward(self, x):
+        check_width(x, self.nesting_list[-1])
+        return self._shared(x) if self.efficient else self._separate(x)
+
+    def _separate(self, x):
+        return tuple(getattr(self, f"nesting_classifier_{i}")(x[:, :size])
+                     for i, size in enumerate(self.nesting_list))
+
+    def _shared(self, x):
+        """Logits of each size = those of the size before + the next slice's product: one layer's multiplications.
+
+        `split`, not slicing: the gradient of each slice would be a full-size matrix, added G times.
+        """
+        slices = x[:, :self.nesting_list[-1]].split(self._widths, dim=1)
+        weights = self.nesting_classifier_0.weight.split(self._widths, dim=1)
+        logits = [F.linear(slices[0], weights[0], self.nesting_classifier_0.bias)]
+        for x_slice, weight in zip(slices[1:], weights[1:], strict=True):
+            logits.append(logits[-1] + F.linear(x_slice, weight))
+        return tuple(logits)
+
+    def extra_repr(self):
+        return f"nesting_list={self.nesting_list}, num_classes={self.num_classes}, efficient={self.efficient}"
+
+
+class FixedFeatureLayer(nn.Linear):
+    """The FF baseline (section 4): a classifier on the first `in_features` numbers. x [N, D] -> [N, C]."""
+
+    def forward(self, x):
+        check_width(x, self.in_features)
+        return F.linear(x[:, :self.in_features], self.weight, self.bias)
+
+
+def check_width(x, needed):
+    if x.shape[-1] < needed:
+        raise ValueError(f"features have {x.shape[-1]} dimensions, the classifier reads {needed}")
+
+
+def check_nesting_list(nesting_list):
+    """-> the sizes as a list of ints, if they are positive and increasing."""
+    sizes = list(nesting_list)
+    if not sizes or any(int(d) != d or d < 1 for d in sizes) or any(a >= b for a, b in pairwise(sizes)):
+        raise InputError(f"nesting_list must hold increasing positive integers, got {sizes}")
+    return [int(d) for d in sizes]
+
+
+def default_nesting_list(width, start=3):
+    """Powers of two from 2**start up to the feature width, the width itself last (2048, 3 -> 8 ... 2048)."""
+    if not 0 <= start or 2 ** start > width:
+        raise InputError(f"nesting_start={start}: 2**{start} is not between 1 and the feature width {width}")
+    return [2 ** i for i in range(start, math.ceil(math.log2(width))) if 2 ** i < width] + [width]
+
+
+# ------------------------------------------------------------------------------------------------ loss
+
+class Matryoshka_CE_Loss(nn.Module):
+    """Sum over the G sizes of c_g * cross-entropy (Eq. 1), as one batched computation.
+
+    relative_importance: the G weights c_g (all 1 when None).
+    cross_entropy_kwargs: those of torch.nn.functional.cross_entropy; reduction is mean (default) or sum.
+    forward: (tuple of G [N, C], or one tensor [G, N, C]; target [N] int64, or [N, C] probabilities) -> scalar.
+    """
+
+    def __init__(self, relative_importance=None, **cross_entropy_kwargs):
+        super().__init__()
+        self.reduction = cross_entropy_kwargs.pop("reduction", "mean")
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be mean or sum, got {self.reduction!r}")
+        self.register_buffer("weight", cross_entropy_kwargs.pop("weight", None), persistent=False)
+        self.cross_entropy_kwargs = cross_entropy_kwargs
+        if relative_importance is not None:
+            relative_importance = check_relative_importance(relative_importance)
+        self.register_buffer("relative_importance", relative_importance, persistent=False)
+
+    def forward(self, output, target):
+        losses = self.per_size(output, target)
+        if self.relative_importance is None:
+            return losses.sum()
+        if len(self.relative_importance) != len(losses):
+            raise ValueError(f"relative_importance has {len(self.relative_importance)} weights, "
+                             f"the model {len(losses)} sizes")
+        return (self.relative_importance * losses).sum()
+
+    def per_size(self, output, target):
+        """-> [G] losses, before weighting."""
+        logits = output if torch.is_tensor(output) else torch.stack(tuple(output))
+        sizes = len(logits)
+        losses = F.cross_entropy(logits.flatten(0, 1), target.repeat(sizes, *[1] * (target.dim() - 1)),
+                                 weight=self.weight, reduction="none", **self.cross_entropy_kwargs)
+        losses = losses.view(sizes, -1).sum(1)
+        return losses / self._images(target) if self.reduction == "mean" else losses
+
+    def _images(self, target):
+        """What F.cross_entropy's mean divides by: images, or their class weights, the ignored left out."""
+        if target.is_floating_point():
+            return len(target)
+        ignore_index = self.cross_entropy_kwargs.get("ignore_index", -100)
+        if self.weight is not None:
+            kept = target[target != ignore_index]
+            return self.weight[kept].sum()
+        return (target != ignore_index).sum() if "ignore_index" in self.cross_entropy_kwargs else len(target)
+
+
+def check_relative_importance(weights):
+    weights = torch.as_tensor(weights, dtype=torch.float32)
+    if weights.dim() != 1 or not weights.isfinite().all() or (weights < 0).any() or not weights.any():
+        raise InputError(f"relative_importance must be a list of non-negative numbers, not all 0; "
+                         f"got {weights.tolist()}")
+    return weights
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+class BlurPool(nn.Module):
+    """A 3x3 binomial blur before a strided convolution (arXiv 1904.11486), as in FFCV's ResNets."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+        taps = torch.tensor([[1., 2., 1.], [2., 4., 2.], [1., 2., 1.]]) / 16
+        self.register_buffer("blur_filter", taps.repeat(conv.in_channels, 1, 1, 1))
+
+    def forward(self, x):
+        return self.conv(F.conv2d(x, self.blur_filter, padding=1, groups=self.conv.in_channels))
+
+
+def add_blurpool(model):
+    """Blur before every convolution with a stride above 1 and at least 16 input channels."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Conv2d) and max(child.stride) > 1 and child.in_channels >= 16:
+                setattr(module, name, BlurPool(child))
+
+
+def build_model(arch="resnet50", head="mrl", nesting_list=None, num_classes=1000, blurpool=True, pretrained=False):
+    """A torchvision classifier whose last linear layer is replaced by a nested (or fixed-feature) head.
+
+    head: "mrl", "mrl_e", or "ff<d>": a classifier on the first d features.
+    nesting_list: G sizes; None is 8, 16 ... up to the feature width. An "ff<d>" head has the one size d.
+    pretrained: torchvision's weights for the backbone (the new head is random).
+    -> module: images [N, 3, H, W] -> tuple of G [N, C] ("ff<d>": [N, C]). `model.spec` holds these arguments,
+    with nesting_list and feature_dim filled in. Raises InputError for what does not exist or fit.
+    """
+    model = torchvision_model(arch, pretrained)
+    if blurpool:
+        add_blurpool(model)
+    name, linear = classifier(model)
+    sizes = head_sizes(head, nesting_list, linear.in_features)
+    if head.startswith("ff"):
+        layer = FixedFeatureLayer(sizes[0], num_classes)
+    else:
+        layer = MRL_Linear_Layer(sizes, num_classes, efficient=head == "mrl_e")
+    model.set_submodule(name, layer)
+    model.spec = {"arch": arch, "head": head, "nesting_list": sizes, "num_classes": num_classes,
+                  "blurpool": bool(blurpool), "feature_dim": linear.in_features}
+    return model
+
+
+def torchvision_model(arch, pretrained=False):
+    from torchvision import models
+    if arch not in models.list_models(module=models):
+        raise InputError(f"unknown architecture {arch!r}: give the name of a torchvision classification model")
+    # The two networks with auxiliary classifiers are built without them: those heads would not be nested.
+    extra = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
+    return models.get_model(arch, weights="DEFAULT" if pretrained else None, **({} if pretrained else extra))
+
+
+def classifier(model):
+    """-> (name, module) of the classifier: our head if there is one, else the last linear layer."""
+    kinds = (MRL_Linear_Layer, FixedFeatureLayer)
+    modules = list(model.named_modules())
+    found = ([m for m in modules if isinstance(m[1], kinds)] or [m for m in modules if isinstance(m[1], nn.Linear)])
+    if not found:
+        raise InputError(f"{type(model).__name__} does not end in a linear classifier")
+    return found[-1]
+
+
+def head_sizes(head, nesting_list, width):
+    """-> the G representation sizes of a head on `width` features."""
+    if head in ("mrl", "mrl_e"):
+        sizes = check_nesting_list(nesting_list or default_nesting_list(width))
+    elif match := re.fullmatch(r"ff([1-9]\d*)", head):
+        sizes = [int(match[1])]
+        if nesting_list not in (None, sizes):
+            raise InputError(f"head {head} has the one size {sizes[0]}, not nesting_list={list(nesting_list)}")
+    else:
+        raise InputError(f"unknown head {head!r}: mrl, mrl_e or ff<size>")
+    if sizes[-1] > width:
+        raise InputError(f"size {sizes[-1]} is more than the {width} features of the architecture")
+    return sizes
+
+
+def model_name(spec):
+    """The name that files carry: mrl1_e0_ff2048 (MRL), mrl1_e1_ff2048 (MRL-E), mrl0_e0_ff256 (FF-256)."""
+    nested, efficient = spec["head"].startswith("mrl"), spec["head"] == "mrl_e"
+    return f"mrl{nested:d}_e{efficient:d}_ff{spec['nesting_list'][-1]}"
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+def load_model(path, arch=None, head=None, nesting_list=None, old_ckpt=False):
+    """A trained model in eval mode, on the CPU.
+
+    What each argument leaves None is read from `params.json` beside the file, else from the shapes in the file;
+    what neither settles is an InputError that names the argument, and so is an argument that contradicts the file.
+    old_ckpt: the layout of the authors' released files (MRL-E keeps its matrix under fc.weight).
+    The file must hold exactly the model's keys and shapes; prefixes of DDP and torch.compile are removed.
+    """
+    state = read_state_dict(path)
+    params = Path(path).with_name("params.json")
+    known = json.loads(params.read_text())["model"] if params.exists() else {}
+    given = {k: v for k, v in {"arch": arch, "head": head, "nesting_list": nesting_list}.items() if v is not None}
+    for key, value in given.items():
+        if key in known and known[key] != value:
+            raise InputError(f"{path}: {key}={value} was asked for, params.json beside it says {known[key]}")
+    if old_ckpt:
+        state = modern_keys(state, (known | given).get("head"))
+    known = known or shown_by_shapes(path, state, **given)
+    model = build_model(**{k: v for k, v in (known | given).items() if k != "feature_dim"})
+    load_exactly(model, state, path)
+    return model.eval()
+
+
+def read_state_dict(path):
+    """-> the plain state dict in a file: unwrapped, without the prefixes of DDP and torch.compile."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    except pickle.UnpicklingError:
+        raise InputError(f"{path}: holds more than tensors (pickled code or modules are refused); "
+                         "save model.state_dict() instead") from None
+    except Exception as error:
+        raise InputError(f"{path}: not a PyTorch checkpoint, or truncated "
+                         f"({str(error).splitlines()[0] if str(error) else type(error).__name__})") from None
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
+        raise InputError(f"{path}: holds no state dict")
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
+
+
+def modern_keys(state, head):
+    """The released MRL-E files name their one matrix as a plain classifier: rename it. The rest is unchanged."""
+    if head is None and "fc.weight" in state:
+        raise InputError("a released file with one matrix is MRL-E or a fixed-feature model: give head (mrl_e, ff<d>)")
+    if head != "mrl_e":
+        return state
+    return {re.sub(r"^fc\.(weight|bias)$", r"fc.nesting_classifier_0.\1", key): v for key, v in state.items()}
+
+
+def shown_by_shapes(path, state, arch=None, head=None, nesting_list=None):
+    """build_model's arguments as far as keys and shapes show them; InputError where they do not."""
+    if arch is None:
+        raise InputError(f"{path}: no params.json beside it, and the architecture does not show in a file: give arch")
+    last = [v for v in state.values() if v.dim() == 2][-1:]
+    if not last:
+        raise InputError(f"{path}: holds no linear classifier")
+    nested = [v.shape[1] for k, v in state.items() if re.search(r"\.nesting_classifier_\d+\.weight$", k)]
+    head_shown = "mrl" if len(nested) > 1 else "mrl_e" if nested else f"ff{last[0].shape[1]}"
+    if head is not None and head != head_shown:
+        raise InputError(f"{path}: head={head} was asked for, the file holds {head_shown}"
+                         + ("; a released MRL-E file needs old_ckpt" if head == "mrl_e" else ""))
+    if head_shown == "mrl":
+        if nesting_list is not None and list(nesting_list) != nested:
+            raise InputError(f"{path}: nesting_list={list(nesting_list)} was asked for, the file holds {nested}")
+        nesting_list = nested
+    elif head_shown == "mrl_e" and nesting_list is None:
+        raise InputError(f"{path}: the sizes of an MRL-E model do not show in a file: give nesting_list")
+    return {"arch": arch, "head": head_shown, "nesting_list": nesting_list, "num_classes": last[0].shape[0],
+            "blurpool": any(k.endswith("blur_filter") for k in state)}
+
+
+def load_exactly(model, state, path):
+    """Load a state dict that must hold the model's keys and shapes, no more and no less, and only finite numbers."""
+    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    found = {k: tuple(v.shape) for k, v in state.items()}
+    different = [f"{k}: {found.get(k, 'missing')} instead of {expected.get(k, 'nothing')}"
+                 for k in expected | found if found.get(k) != expected.get(k)]
+    if different:
+        more = f" and {len(different) - 1} more" if len(different) > 1 else ""
+        spec = model.spec
+        raise InputError(f"{path}: does not fit {spec['arch']} with head {spec['head']} ({different[0]}{more})")
+    broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    if broken:
+        raise InputError(f"{path}: {broken[0]} holds NaN or infinite numbers ({len(broken)} such tensors)")
+    model.load_state_dict(state)
+
+
+# ------------------------------------------------------------------------------------------------ for all commands
+
+@contextmanager
+def replacing(path):
+    """A temporary path beside `path`, renamed to it when the block ends well: nobody sees half a file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")   # the suffix stays: savers look at it
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def command_line(main):
+    """Run a script's main: bad input ends with one line and exit status 1, Ctrl-C with 130."""
+    try:
+        main()
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

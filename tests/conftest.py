@@ -1,0 +1,65 @@
+"""What several test files share: the repository's root, the golden numbers, and running a command as a user would."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden("model") -> (numbers of golden_model.json, arrays of golden_model.npz, if there are any)."""
+    def read(name):
+        arrays = ROOT / "tests/golden" / f"golden_{name}.npz"
+        numbers = json.loads(arrays.with_suffix(".json").read_text())
+        return numbers, dict(np.load(arrays)) if arrays.exists() else {}
+    return read
+
+
+@pytest.fixture
+def run():
+    """run("train", "train_imagenet.py --help") -> CompletedProcess of `python <command>` started in that folder."""
+    def start(folder, command, check=True, env=None, timeout=600):
+        words = command.split() if isinstance(command, str) else [str(word) for word in command]
+        done = subprocess.run([sys.executable, *words], cwd=ROOT / folder, capture_output=True, text=True,
+                              env={**os.environ, **(env or {})}, timeout=timeout)
+        assert not check or done.returncode == 0, done.stderr[-4000:]
+        return done
+    return start
+
+
+@pytest.fixture
+def refused(run):
+    """refused("train", command) -> the one line of stderr with which a command must refuse bad input."""
+    def start(folder, command, **options):
+        done = run(folder, command, check=False, **options)
+        assert done.returncode != 0, f"accepted: {done.stdout[-500:]}"
+        assert "Traceback" not in done.stderr, done.stderr[-3000:]
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+        assert len(lines) == 1, done.stderr[-3000:]
+        return lines[0]
+    return start
+
+
+def fill(state_dict, seed):
+    """Parameters drawn as tests/golden/README.md says: sorted keys, one generator, scaled by fan-in."""
+    rng, filled = np.random.default_rng(seed), dict(state_dict)
+    for key in sorted(state_dict):
+        value = state_dict[key]
+        if not value.is_floating_point() or key.endswith("blur_filter"):
+            continue
+        z = rng.standard_normal(tuple(value.shape)).astype(np.float32)
+        if z.ndim >= 2:
+            z = z / np.sqrt(np.prod(z.shape[1:])).astype(np.float32)
+        elif key.endswith("running_var"):
+            z = 1 + 0.1 * np.abs(z)
+        else:
+            z = 0.1 * z + key.endswith("weight")
+        filled[key] = torch.from_numpy(z.astype(np.float32))
+    return filled

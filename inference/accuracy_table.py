@@ -1,0 +1,65 @@
+"""Evaluated checkpoints side by side: printed table, CSV file, and accuracy against size (the paper's Fig. 2).
+
+A run is the dictionary that pytorch_inference.py writes as JSON: nesting_list, and top1, top5, loss per size.
+"""
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+from MRL import replacing
+
+KINDS = {"mrl": "MRL", "mrl_e": "MRL-E"}                # all fixed-feature models are one line, as in the paper
+
+
+def tidy(runs):
+    """-> a data frame with one row per (model, size): model, size, top1, top5, loss, path, checkpoint."""
+    rows, taken = [], set()
+    for run in runs:
+        model = KINDS.get(run["spec"]["head"], "FF")
+        if taken & {(model, size) for size in run["nesting_list"]}:      # two of a kind: tell them by their path
+            model += f" {Path(run['path']).parent.name}/{Path(run['path']).name}"
+        taken |= {(model, size) for size in run["nesting_list"]}
+        rows += [{"model": model, "size": size, **{key: run[key][g] for key in ("top1", "top5", "loss")},
+                  "path": run["path"], "checkpoint": run["checkpoint"]} for g, size in enumerate(run["nesting_list"])]
+    return pd.DataFrame(rows)
+
+
+def show(runs):
+    """Print top-1 per size and model in per cent; for a single checkpoint also top-5 and loss."""
+    table = tidy(runs)
+    percent = table.assign(top1=100 * table.top1, top5=100 * table.top5)
+    if len(runs) == 1:
+        shown = percent.set_index("size")[["top1", "top5", "loss"]].set_axis(["top-1 %", "top-5 %", "loss"], axis=1)
+    else:
+        shown = percent.pivot(index="size", columns="model", values="top1")[list(percent.model.unique())]
+    run = runs[0]
+    print(f"{run['dataset']}: {run['n']} images, {run['num_classes']} classes, tta {run['tta']}"
+          + (", top-1 %" if len(runs) > 1 else f", {run['model']}"))
+    print(shown.to_string(float_format="{:.2f}".format, na_rep="-"))
+
+
+def save(runs, stem):
+    """<stem>.csv and <stem>.png."""
+    table = tidy(runs)
+    with replacing(f"{stem}.csv") as temporary:
+        table.to_csv(temporary, index=False)
+    with replacing(f"{stem}.png") as temporary:
+        plot(table, f"{runs[0]['dataset']}, top-1 accuracy").savefig(temporary, dpi=150)
+
+
+def plot(table, title):
+    """-> a figure: accuracy in per cent against representation size, one line per model."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for model, rows in table.groupby("model", sort=False):
+        rows = rows.sort_values("size")
+        axes.plot(rows["size"], 100 * rows.top1, marker="o", label=model)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(table["size"].unique()))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set(xlabel="representation size", ylabel="top-1 accuracy (%)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure

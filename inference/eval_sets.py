@@ -1,0 +1,221 @@
+"""The evaluation sets as rows of data, and their images as (x, y).
+
+A row says where a set lies under the data root, which class folders it must have, and where to get it.
+`open_set` checks the folders against the row and lists the images; pytorch_inference.py evaluates or embeds them.
+"""
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from MRL import InputError
+
+HERE = Path(__file__).resolve().parent
+SYNSETS = "imagenet_synsets.txt"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Row(NamedTuple):
+    title: str
+    folders: tuple       # under the data root; the first that exists is taken
+    classes: str         # file of synsets in label order; "integers": the folder's name is the label
+    source: str          # where to get it
+    own: bool = False    # True: a folder without ImageNet's synsets (a user's own images) is taken as it is
+
+
+IMAGENET = "https://www.image-net.org"
+V2_SOURCE = "https://github.com/modestyachts/ImageNetV2"
+
+
+def v2(title, folder):
+    return Row(title, (f"{folder}-format-val", folder), "integers", V2_SOURCE)
+
+
+V1 = Row("ImageNet-1K val", ("val",), SYNSETS, IMAGENET, own=True)
+V2 = v2("ImageNetV2 matched-frequency", "imagenetv2-matched-frequency")
+
+CLASSIFICATION = {
+    "V1": V1,
+    "V2": V2,
+    "V2-threshold-0.7": v2("ImageNetV2 threshold 0.7", "imagenetv2-threshold0.7"),
+    "V2-top-images": v2("ImageNetV2 top images", "imagenetv2-top-images"),
+    "A": Row("ImageNet-A", ("imagenet-a",), "imagenet_a_synsets.txt",
+             "https://github.com/hendrycks/natural-adv-examples"),
+    "R": Row("ImageNet-R", ("imagenet-r", "imagenet-r_"), "imagenet_r_synsets.txt",
+             "https://github.com/hendrycks/imagenet-r"),
+    "Sketch": Row("ImageNet-Sketch", ("sketch", "imagenet-sketch/sketch", "ImageNet-Sketch"), SYNSETS,
+                  "https://github.com/HaohanWang/ImageNet-Sketch"),
+}
+
+# What is embedded for retrieval: the database is the split `train`, the queries `val`. V2 searches 1K's database.
+RETRIEVAL = {
+    "1K": {"val": V1, "train": Row("ImageNet-1K train", ("train",), SYNSETS, IMAGENET, own=True)},
+    "V2": {"val": V2},
+    "4K": {"val": Row("ImageNet-4K val", ("imagenet-4k/val",), "imagenet4k_synsets.txt", "imagenet-4k/README.md"),
+           "train": Row("ImageNet-4K train", ("imagenet-4k/train",), "imagenet4k_synsets.txt",
+                        "imagenet-4k/README.md")},
+}
+
+
+def lookup(table, name):
+    """-> (the set's name as the table spells it, its row). Upper and lower case are the same."""
+    spelled = {key.lower(): key for key in table}
+    if name.lower() not in spelled:
+        raise InputError(f"--dataset {name}: unknown here; one of {', '.join(table)}")
+    return spelled[name.lower()], table[spelled[name.lower()]]
+
+
+# ------------------------------------------------------------------------------------------------ finding a set
+
+def open_set(row, num_classes, transform, data_root=None, any_classes=False):
+    """The images of a row, after its folders have been checked.
+
+    num_classes: those of the checkpoint. any_classes: for embeddings, where the checkpoint's classes do not matter.
+    -> ImageSet. Raises InputError for a set that is missing, incomplete or has other classes.
+    """
+    folder = find_folder(row, data_root)
+    found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    classes, subset = label_order(row, folder, found, num_classes, any_classes)
+    return ImageSet(folder, classes, subset, transform)
+
+
+def find_folder(row, data_root):
+    roots = [Path(data_root)] if data_root else default_roots()
+    candidates = [root / folder for root in roots for folder in row.folders]
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    raise InputError(f"{row.title} is not there: no folder {' or '.join(map(str, candidates))}; "
+                     f"get it from {row.source}, or give --data_root")
+
+
+def default_roots():
+    if "IMAGENET_ROOT" in os.environ:
+        return [Path(os.environ["IMAGENET_ROOT"])]
+    return [HERE.parents[1] / "IMAGENET", HERE.parent]      # the original's folder; where its README puts the sets
+
+
+def synsets(file):
+    return (HERE / file).read_text().split()
+
+
+def label_order(row, folder, found, num_classes, any_classes):
+    """-> (class folders in label order, the checkpoint's logits to keep or None for all)."""
+    if row.classes == "integers":
+        check_folders(row, folder, found, [str(i) for i in range(num_classes)])
+        return [str(i) for i in range(num_classes)], None
+    if row.own and (num_classes != 1000 or not set(found) & set(synsets(SYNSETS))):
+        return own_classes(folder, found, None if any_classes else num_classes), None
+    expected = synsets(row.classes)
+    check_folders(row, folder, found, expected)
+    if any_classes:
+        return expected, None
+    if num_classes != 1000:
+        raise InputError(f"{row.title} is for checkpoints of ImageNet-1K's 1,000 classes; this one has {num_classes}")
+    position = {synset: i for i, synset in enumerate(synsets(SYNSETS))}
+    return expected, None if row.classes == SYNSETS else [position[synset] for synset in expected]
+
+
+def own_classes(folder, found, num_classes):
+    """Any other image folder is taken as it is, classes in sorted order; only their number is checked."""
+    if not found or num_classes not in (None, len(found)):
+        raise InputError(f"{folder} has {len(found)} class folders, the checkpoint {num_classes} classes")
+    return found
+
+
+def check_folders(row, folder, found, expected):
+    missing, extra = (sorted(set(a) - set(b)) for a, b in ((expected, found), (found, expected)))
+    if missing or extra:
+        parts = [f"{what} {some(names)}" for what, names in (("missing", missing), ("not of it", extra)) if names]
+        raise InputError(f"{row.title} needs {len(expected)} class folders, found {len(found)} in {folder}; "
+                         f"{'; '.join(parts)}; get it from {row.source}")
+
+
+def some(names, limit=5):
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+# ------------------------------------------------------------------------------------------------ the images
+
+class ImageSet(Dataset):
+    """Images of class folders: item i is (x [3, crop, crop] float32 normalised, y int).
+
+    An unreadable file is (zeros, -1): batches keep their composition, and the caller decides what it means.
+    classes: folder names, label order. subset: logits to keep, or None. labels: int64 [N].
+    File names are kept as one array of bytes: a list of a million strings would be copied into every worker.
+    """
+
+    def __init__(self, folder, classes, subset, transform):
+        self.folder, self.classes, self.subset, self.transform = Path(folder), classes, subset, transform
+        names = [image_names(folder, name) for name in classes]
+        empty = [name for name, files in zip(classes, names, strict=True) if not len(files)]
+        if empty:
+            raise InputError(f"{folder}: {len(empty)} class folder(s) hold no images: {some(empty)}")
+        self.labels = np.repeat(np.arange(len(classes)), [len(files) for files in names])
+        self.files = np.concatenate(names)
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        try:
+            image = self.image(i)
+        except Exception:                      # whatever a decoder makes of broken bytes
+            return torch.zeros(3, *self.transform.crop), -1
+        return self.transform(image), int(self.labels[i])
+
+    def sample(self, n, seed=0):
+        """Keep n random images, in their order."""
+        if n < len(self):
+            kept = np.sort(np.random.default_rng(seed).choice(len(self), n, replace=False))
+            self.files, self.labels = self.files[kept], self.labels[kept]
+
+    def digest(self):
+        """16 hex digits that stand for the list of files and labels."""
+        return hashlib.sha256(self.files.tobytes() + self.labels.tobytes()).hexdigest()[:16]
+
+    def path(self, i):
+        return self.folder / os.fsdecode(self.files[i])
+
+    def image(self, i):
+        """Image i as RGB (grey, palette and CMYK files are converted)."""
+        with Image.open(self.path(i)) as image:
+            return image.convert("RGB")
+
+    def why_unreadable(self, i):
+        try:
+            self.image(i)
+        except Exception as error:
+            return f"{self.path(i)} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        return f"{self.path(i)} (readable now)"
+
+
+def image_names(folder, class_name):
+    """-> the image files of one class folder, relative to the set's folder, sorted: bytes [n]."""
+    samples = make_dataset(str(folder), {class_name: 0}, IMG_EXTENSIONS, allow_empty=True)
+    start = len(str(folder)) + 1
+    return np.array([os.fsencode(path[start:]) for path, _ in samples], dtype=bytes)
+
+
+class Preparation(transforms.Compose):
+    """Resize the shorter side, crop the centre, normalise: image -> x [3, crop, crop]."""
+
+    def __init__(self, resize=256, crop=224):
+        super().__init__([transforms.Resize(resize), transforms.CenterCrop(crop), transforms.ToTensor(),
+                          transforms.Normalize(MEAN, STD)])
+        self.crop = (crop, crop)
+
+
+def make_loader(images, batch_size, workers, pin_memory=False, batches=None):
+    """(x, y) in order, in batches of `batch_size`. batches: only these, by number, in this order."""
+    total = len(images)
+    numbers = range(-(-total // batch_size)) if batches is None else batches
+    rows = [range(b * batch_size, min((b + 1) * batch_size, total)) for b in numbers]
+    return DataLoader(images, batch_sampler=rows, num_workers=workers, pin_memory=pin_memory)

@@ -1,0 +1,111 @@
+"""The files that inference leaves for analysis and retrieval: their names, their JSON companions, and reading arrays.
+
+    mrl=True_efficient=False_ff=2048_dataset=V1_tta=False_softmax.pth     logits, softmax [G, N, C]; predictions [G, N]
+    gt_dataset=V1.pth                                                     [N] int64
+    1K_train_mrl1_e0_ff2048-X.npy, -y.npy                                 [N, D] float32, [N] int64
+
+Beside each .pth and each -X.npy lies a .json that says which checkpoint and images it came from, so that files of two
+runs are never mixed: what belongs to another run is not overwritten unless that was asked for.
+"""
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from MRL import InputError, model_name, replacing
+
+
+def outputs_path(folder, spec, dataset, tta, what):
+    """what: logits, softmax, predictions or gt."""
+    if what == "gt":
+        return Path(folder) / f"gt_dataset={dataset}.pth"
+    return Path(folder) / f"{run_name(spec, dataset, tta)}_{what}.pth"
+
+
+def accuracy_path(folder, spec, dataset, tta, checkpoint):
+    """The figures of one checkpoint. Its fingerprint is in the name: any number of runs fit in one folder."""
+    return Path(folder) / f"{run_name(spec, dataset, tta)}_accuracy_{checkpoint}.json"
+
+
+def run_name(spec, dataset, tta):
+    nested, efficient = spec["head"].startswith("mrl"), spec["head"] == "mrl_e"
+    return f"mrl={nested}_efficient={efficient}_ff={spec['nesting_list'][-1]}_dataset={dataset}_tta={bool(tta)}"
+
+
+def arrays_stem(folder, dataset, split, model):
+    """The common beginning of -X.npy, -y.npy and -X.json; model: "mrl1_e0_ff2048" or a spec."""
+    return Path(folder) / f"{dataset}_{split}_{model if isinstance(model, str) else model_name(model)}"
+
+
+def fingerprint(path):
+    """The first 16 hex digits of a file's SHA-256: which checkpoint something came from."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+def save_tensor(path, tensor, about):
+    """A plain tensor, for torch.load(path, mmap=True, weights_only=True), and its JSON, written last."""
+    companion = path.with_suffix(".json")
+    companion.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        torch.save(tensor, temporary)
+    write_json(companion, about)
+
+
+def write_json(path, content):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path):
+    """-> the content, or None where there is no such file."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise InputError(f"{path}: not a JSON file; remove it") from None
+
+
+def check_free(companion, about, overwrite):
+    """Refuse to replace files whose companion says that they came from something else."""
+    old = read_json(companion) or about
+    different = [key for key in about if old.get(key) != about[key]]
+    if different and not overwrite:
+        key = different[0]
+        raise InputError(f"{companion} says that the files there have {key}={old.get(key)}, not {about[key]}: "
+                         "choose another folder, or pass --overwrite")
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+def read_arrays(folder, dataset, split, model):
+    """-> X [N, D] memory-mapped, y [N] int64, the companion's content ({} where there is none)."""
+    stem = str(arrays_stem(folder, dataset, split, model))
+    try:
+        X, y = (np.load(f"{stem}-{letter}.npy", mmap_mode="r") for letter in "Xy")
+    except OSError as error:
+        raise InputError(f"{stem}-X.npy, -y.npy: {error.strerror or error}; "
+                         "write them with pytorch_inference.py --retrieval") from None
+    about = read_json(f"{stem}-X.json") or {}
+    if X.ndim != 2 or len(X) != y.size:
+        raise InputError(f"{stem}-X.npy has shape {X.shape}, -y.npy {y.shape}: they do not belong together")
+    return X, exact_labels(y, f"{stem}-y.npy"), about
+
+
+def exact_labels(y, path):
+    """-> labels as int64 [N]. The original's float16 [N, 1] are exact below 2048 only: above, classes have merged."""
+    y = np.asarray(y).reshape(-1)
+    if y.dtype == np.float16 and y.max(initial=0) >= 2048:
+        raise InputError(f"{path}: float16 labels up to {y.max():.0f}, where float16 holds only every second class or "
+                         "fewer: classes have been merged; dump the embeddings again")
+    if not np.array_equal(y, y.astype(np.int64)) or y.min(initial=0) < 0:
+        raise InputError(f"{path}: labels must be whole numbers from 0 up")
+    return y.astype(np.int64)

@@ -1,0 +1,56 @@
+"""From a checkpoint and flags to a model: which network and head a file holds.
+
+A run of train/ says it in params.json beside the file. For a bare file the flags say it, the name of a file released by
+the authors, the file's shapes, and last the original's defaults. What contradicts is an error, never overruled.
+"""
+import re
+from pathlib import Path
+
+from MRL import NESTING_LIST, InputError, load_model
+
+
+def load(path, arch=None, mrl=False, efficient=False, rep_size=None, nesting_list=None, old_ckpt=False):
+    """-> the model in eval mode. The arguments are the flags of pytorch_inference.py; model.spec tells what it is."""
+    given = {"arch": arch, "head": head_of_flags(mrl, efficient, rep_size), "nesting_list": nesting_list}
+    if not Path(path).with_name("params.json").exists():
+        given = with_defaults(path, agreed(path, given, released(path) if old_ckpt else {}))
+    model = load_model(path, **given, old_ckpt=old_ckpt)
+    largest = model.spec["nesting_list"][-1]
+    if rep_size not in (None, largest):
+        raise InputError(f"{path}: --rep_size {rep_size} was asked for, the file holds sizes up to {largest}")
+    return model
+
+
+def head_of_flags(mrl, efficient, rep_size):
+    if mrl or efficient:
+        return "mrl_e" if efficient else "mrl"
+    return f"ff{rep_size}" if rep_size else None
+
+
+def released(path):
+    """What a released file's name says: r50_mrl1_e0_ff2048.pt; "16start" in it or in its folder's name."""
+    path = Path(path)
+    match = re.search(r"r(\d+)_mrl([01])_e([01])_ff(\d+)", path.stem)
+    if not match:
+        return {}
+    depth, nested, efficient, size = match.groups()
+    head = head_of_flags(nested == "1", efficient == "1", size)
+    start = re.search(r"(\d+)start", f"{path.parent.name}/{path.stem}")
+    sizes = [d for d in NESTING_LIST if d >= int(start[1])] if start and nested == "1" else None
+    return {"arch": f"resnet{depth}", "head": head, "nesting_list": sizes}
+
+
+def agreed(path, given, named):
+    """The flags, filled up from the name."""
+    for key, value in named.items():
+        if None not in (value, given[key]) and value != given[key]:
+            raise InputError(f"{path}: the flags say {key}={given[key]}, the file's name {value}")
+    return {key: named.get(key) if value is None else value for key, value in given.items()}
+
+
+def with_defaults(path, given):
+    """The original's defaults for what does not show in a file. load_model holds the result to the file's shapes."""
+    if given["head"] == "mrl_e" and given["nesting_list"] is None:
+        print(f"{path}: the sizes of an MRL-E file do not show in it, taking {NESTING_LIST} (see --nesting_list)")
+        given["nesting_list"] = NESTING_LIST
+    return {**given, "arch": given["arch"] or "resnet50"}

@@ -108,7 +108,7 @@ class Matryoshka_CE_Loss(nn.Module):
 
     relative_importance: the G weights c_g (all 1 when None).
     cross_entropy_kwargs: those of torch.nn.functional.cross_entropy; reduction is mean (default) or sum.
-    forward: (tuple of G [N, C], or one tensor [G, N, C]; target [N] int64, or [N, C] probabilities) -> scalar.
+    forward: (logits as `stack_logits` takes them; target [N] int64, or [N, C] probabilities) -> scalar.
     """
 
     def __init__(self, relative_importance=None, **cross_entropy_kwargs):
@@ -123,7 +123,10 @@ class Matryoshka_CE_Loss(nn.Module):
         self.register_buffer("relative_importance", relative_importance, persistent=False)
 
     def forward(self, output, target):
-        losses = self.per_size(output, target)
+        return self.weighted_sum(self.per_size(output, target))
+
+    def weighted_sum(self, losses):
+        """[G] losses -> scalar."""
         if self.relative_importance is None:
             return losses.sum()
         if len(self.relative_importance) != len(losses):
@@ -133,7 +136,7 @@ class Matryoshka_CE_Loss(nn.Module):
 
     def per_size(self, output, target):
         """-> [G] losses, before weighting."""
-        logits = output if torch.is_tensor(output) else torch.stack(tuple(output))
+        logits = stack_logits(output)
         sizes = len(logits)
         losses = F.cross_entropy(logits.flatten(0, 1), target.repeat(sizes, *[1] * (target.dim() - 1)),
                                  weight=self.weight, reduction="none", **self.cross_entropy_kwargs)
@@ -149,6 +152,13 @@ class Matryoshka_CE_Loss(nn.Module):
             kept = target[target != ignore_index]
             return self.weight[kept].sum()
         return (target != ignore_index).sum() if "ignore_index" in self.cross_entropy_kwargs else len(target)
+
+
+def stack_logits(output):
+    """What a model returns, a tuple of G [N, C] or (fixed features) one [N, C] -> [G, N, C]; [G, N, C] stays."""
+    if not torch.is_tensor(output):
+        return torch.stack(tuple(output))
+    return output if output.dim() == 3 else output[None]
 
 
 def check_relative_importance(weights):

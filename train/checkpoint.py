@@ -1,0 +1,141 @@
+"""The run folder: params.json, log, checkpoint.pt, final_weights.pt. Made by train_imagenet.py.
+
+params.json       settings, what build_model needs ("model"), versions, git revision, command. Read by MRL.load_model.
+log               one JSON object an epoch.
+checkpoint.pt     everything needed to go on; checkpoint_previous.pt is the one before, kept until the new is complete.
+final_weights.pt  the plain state dict. Read by inference/ and model_analysis/.
+"""
+import json
+import os
+import platform
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+import torchvision
+
+from MRL import InputError, replacing
+
+FORMAT = "MRL training checkpoint 1"
+CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint_previous.pt"
+# A continued run may differ from its beginning in these sections and settings: they do not change its result.
+FREE = ("data", "logging", "validation.batch_size", "dist.address", "dist.port", "training.resume",
+        "training.eval_only", "training.path")
+
+
+def write_params(folder, settings, spec):
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    write_json(folder / "params.json", {"model": spec, "settings": settings, "versions": versions,
+                                        "git": git_revision(), "command": " ".join(sys.argv)})
+
+
+def write_json(path, content):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def git_revision():
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
+                          cwd=Path(__file__).parent)
+    return done.stdout.strip() or None
+
+
+def saved_settings(folder):
+    """-> the settings of a run folder, to continue it with."""
+    path = Path(folder) / "params.json"
+    try:
+        return json.loads(path.read_text())["settings"]
+    except (OSError, KeyError, ValueError):
+        raise InputError(f"--training.resume={folder}: no run folder ({path.name} is missing or broken)") from None
+
+
+def check_same_run(folder, settings):
+    """InputError where a setting that changes results differs from those the run began with."""
+    began, now = flat(saved_settings(folder)), flat(settings)
+    for key in sorted(began | now):
+        if not key.startswith(FREE) and began.get(key) != now.get(key):
+            raise InputError(f"{folder}: this run began with --{key}={began.get(key)}, now {now.get(key)}; "
+                             "give the same, or another --logging.name")
+
+
+def flat(settings):
+    return {f"{section}.{name}": value for section, values in settings.items() for name, value in values.items()}
+
+
+def make_folder(path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--logging.folder: cannot make {path} ({error.strerror})") from None
+    if not os.access(path, os.W_OK):
+        raise InputError(f"--logging.folder: cannot write to {path}")
+
+
+def save(folder, state):
+    """Write checkpoint.pt; at every moment a complete checkpoint is on the disk under one of the two names."""
+    current = folder / CURRENT
+    with replacing(current) as temporary:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if current.exists():
+            os.replace(current, folder / PREVIOUS)
+    sync_folder(folder)
+
+
+def sync_folder(folder):
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def restore(folder):
+    """-> the newest complete checkpoint, or None where none was made yet. A broken one is named and passed over."""
+    found = [folder / name for name in (CURRENT, PREVIOUS) if (folder / name).exists()]
+    for path in found:
+        try:
+            return read(path)
+        except InputError as error:
+            print(f"warning: {error}" + ("; using the one before" if path != found[-1] else ""), file=sys.stderr)
+    if found:
+        raise InputError(f"{folder}: none of its checkpoints can be read; choose another --logging.name to begin anew")
+    return None
+
+
+def read(path):
+    """-> the state that `save` was given; InputError for a truncated, damaged or foreign file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"{path}: truncated or no checkpoint ({str(error).splitlines()[0]})") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise InputError(f"{path}: damaged, or not a training checkpoint of this repository")
+    return state
+
+
+def append_log(folder, record):
+    with open(folder / "log", "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_log(folder):
+    """-> list of the log's records; a line that a killed run left unfinished is dropped."""
+    records = []
+    for line in (folder / "log").read_text().splitlines() if (folder / "log").exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def forget_after(folder, epoch):
+    """Drop the log's records of epochs that will run again."""
+    kept = [record for record in read_log(folder) if record["epoch"] < epoch]
+    with replacing(folder / "log") as temporary:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))

@@ -1,0 +1,195 @@
+"""One process or many: start them, say who each is, let them agree to stop. Used by train_imagenet.py.
+
+    --training.distributed=1 --dist.world_size=2        this script starts the processes, as the original
+    torchrun --nproc_per_node=2 train_imagenet.py ...   torchrun starts them; its environment wins
+"""
+import os
+import signal
+import socket
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from MRL import InputError
+
+
+@dataclass
+class Process:
+    """Which process this is; the whole world is one process unless there are more."""
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    device: torch.device = None
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    @property
+    def alone(self):
+        return self.world_size == 1
+
+
+def under_torchrun():
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_first():
+    """Before the processes meet: is this the one that prints and writes?"""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def torchrun_name():
+    """-> a name that torchrun's restarts of the same run share, None without torchrun."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    if run_id != "none":
+        return run_id
+    started = Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")")[-1].split()[19]     # torchrun's own start
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, f"{socket.gethostname()} {os.getppid()} {started}"))
+
+
+def world_size(settings):
+    if under_torchrun():
+        return int(os.environ["WORLD_SIZE"])
+    return settings.dist.world_size if settings.training.distributed else 1
+
+
+def check_devices(settings):
+    """InputError where the processes cannot all have their device, or cannot meet."""
+    spawned = 1 if under_torchrun() else world_size(settings)
+    if settings.training.device == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("--training.device=cuda: PyTorch sees no GPU here; --training.device=cpu trains without")
+        if spawned > torch.cuda.device_count():
+            raise InputError(f"--dist.world_size={spawned}: this machine shows {torch.cuda.device_count()} GPUs")
+    if spawned > 1:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((settings.dist.address, int(settings.dist.port)))
+            except OSError as error:
+                raise InputError(f"--dist.address={settings.dist.address} --dist.port={settings.dist.port}: "
+                                 f"{error.strerror}; choose another") from None
+
+
+def launch(worker, settings, *args):
+    """Run worker(process, settings, *args) in every process of the world; returns, or exits, when all have ended."""
+    if under_torchrun():
+        run_worker(int(os.environ["LOCAL_RANK"]), worker, settings, *args)
+    elif world_size(settings) == 1:
+        worker(Process(device=torch.device(settings.training.device)), settings, *args)
+    else:
+        spawn(worker, settings, *args)
+
+
+def spawn(worker, settings, *args):
+    os.environ.update(MASTER_ADDR=settings.dist.address, MASTER_PORT=str(settings.dist.port),
+                      WORLD_SIZE=str(world_size(settings)))
+    context = mp.start_processes(run_worker, (worker, settings, *args), nprocs=world_size(settings),
+                                 join=False, start_method="spawn")
+    # The processes stop by themselves when asked to (see StopRequest); this one passes the word on and waits.
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda s, _: [os.kill(p.pid, signal.SIGTERM) for p in context.processes if p.is_alive()])
+    try:
+        while not context.join():
+            pass
+    except mp.ProcessExitedException as stopped:
+        sys.exit(stopped.exit_code)
+
+
+def run_worker(local_rank, worker, settings, *args):
+    rank, size = int(os.environ.get("RANK", local_rank)), int(os.environ["WORLD_SIZE"])
+    cuda = settings.training.device == "cuda"
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    # gloo beside nccl: small messages between the hosts must not wait for the GPU's queue
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=rank, world_size=size)
+    try:
+        worker(Process(rank, local_rank, size, device), settings, *args)
+    finally:
+        dist.destroy_process_group()
+
+
+class StopRequest:
+    """Turns SIGTERM and Ctrl-C into a question that all processes answer alike: shall we stop after this step?
+
+    A second signal ends the process at once.
+    """
+
+    def __init__(self, process):
+        self.alone, self.signum = process.alone, 0
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self.note)
+
+    def note(self, signum, _):
+        self.signum = signum
+        signal.signal(signum, signal.SIG_DFL)
+
+    def asked(self):
+        """-> the signal's number, 0 if there was none. Every process must call it after the same steps."""
+        if self.alone:
+            return self.signum
+        signum = torch.tensor(self.signum)
+        dist.all_reduce(signum, dist.ReduceOp.MAX)
+        return int(signum)
+
+
+def total(process, *tensors):
+    """Each tensor summed over all processes."""
+    if not process.alone:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+    return tensors
+
+
+def gather(process, item):
+    """-> list of every process's item (plain objects), in each process."""
+    if process.alone:
+        return [item]
+    items = [None] * process.world_size
+    dist.all_gather_object(items, item)
+    return items
+
+
+def share(process, item):
+    """-> the first process's item (plain objects and CPU tensors), in every process."""
+    if process.alone:
+        return item
+    items = [item]
+    dist.broadcast_object_list(items, 0, device=torch.device("cpu"))
+    return items[0]
+
+
+def share_buffers(process, model):
+    """The first process's running statistics for all, so that they validate the same model."""
+    if not process.alone:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+class Clock:
+    """Moments on the device's own time line: CUDA events (no waiting for the GPU) or the host's clock."""
+
+    def __init__(self, device):
+        self.cuda = device.type == "cuda"
+
+    def now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start, end):
+        """Between two moments; on a GPU this waits for the later one."""
+        if not self.cuda:
+            return end - start
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3

@@ -1,0 +1,110 @@
+"""What the settings ask for: the model, the loss and the optimiser. Used by trainer.py and train_imagenet.py."""
+import torch
+from torch import nn
+
+from MRL import (
+    InputError,
+    Matryoshka_CE_Loss,
+    build_model,
+    check_relative_importance,
+    classifier,
+    default_nesting_list,
+    load_exactly,
+    read_state_dict,
+)
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+
+
+def numbers(text, kind, flag):
+    """'8,16,32' -> [8, 16, 32]; None stays None."""
+    try:
+        return None if text is None else [kind(word) for word in str(text).strip("[]() ").split(",")]
+    except ValueError:
+        raise InputError(f"--{flag}={text}: expected numbers separated by commas") from None
+
+
+def model_spec(settings):
+    """-> build_model's arguments, checked against each other."""
+    m = settings.model
+    with torch.device("meta"):      # costs nothing: only the shapes are needed
+        width = build_model(m.arch, "ff1").spec["feature_dim"]
+    nested = m.mrl or m.efficient
+    if nested and m.fixed_feature not in (None, width):
+        raise InputError(f"--model.fixed_feature={m.fixed_feature}: a nested model (--model.mrl, --model.efficient) "
+                         f"reads all {width} features; leave it out")
+    sizes = numbers(m.nesting_list, int, "model.nesting_list") if nested else None
+    head = "mrl_e" if m.efficient else "mrl" if m.mrl else f"ff{m.fixed_feature or width}"
+    if nested and sizes is None:
+        sizes = default_nesting_list(width, m.nesting_start)
+    with torch.device("meta"):
+        spec = build_model(m.arch, head, sizes, m.num_classes, settings.training.use_blurpool).spec
+    importance = relative_importance(settings)
+    if importance is not None and len(importance) != len(spec["nesting_list"]):
+        raise InputError(f"--model.relative_importance: {len(importance)} weights for sizes {spec['nesting_list']}")
+    return spec
+
+
+def relative_importance(settings):
+    weights = numbers(settings.model.relative_importance, float, "model.relative_importance")
+    return None if weights is None else check_relative_importance(weights)
+
+
+def make_model(settings, spec, device):
+    arguments = {k: v for k, v in spec.items() if k != "feature_dim"}
+    model = build_model(**arguments, pretrained=bool(settings.model.pretrained))
+    if settings.model.init_from:
+        load_backbone(model, settings.model.init_from)
+    if settings.training.path:
+        load_exactly(model, read_state_dict(settings.training.path), settings.training.path)
+    freeze(model, settings.model.trainable)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def load_backbone(model, path):
+    """All but the head of a checkpoint of the same architecture."""
+    head = classifier(model)[0] + "."
+    own = {k: v for k, v in model.state_dict().items() if k.startswith(head)}
+    load_exactly(model, {k: v for k, v in read_state_dict(path).items() if not k.startswith(head)} | own, path)
+
+
+def freeze(model, trainable):
+    """Only the named parts learn (Table 26 fine-tunes fc and growing shares of layer4.2)."""
+    if trainable is None:
+        return
+    parts = [part.strip() for part in trainable.split(",")]
+    names = [name for name, _ in model.named_parameters()]
+    for part in parts:
+        if not any(name == part or name.startswith(part + ".") for name in names):
+            raise InputError(f"--model.trainable: {part} is no part of the model (parts look like {names[-1]})")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = any(name == part or name.startswith(part + ".") for part in parts)
+
+
+def train_mode(model):
+    """Training mode where something learns; frozen parts keep their running statistics."""
+    for module in model.modules():
+        own = list(module.parameters())
+        module.training = not own or any(p.requires_grad for p in own)
+
+
+def make_optimizer(model, training):
+    """SGD in two groups: norm parameters have their own weight decay (0)."""
+    norms = norm_parameters(model, training.norms_by_type)
+    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for name, p in learning if name in norms], "weight_decay": training.bn_wd},
+              {"params": [p for name, p in learning if name not in norms], "weight_decay": training.weight_decay}]
+    fused = next(model.parameters()).device.type == "cuda"
+    return torch.optim.SGD(groups, lr=1.0, momentum=training.momentum, fused=fused)
+
+
+def norm_parameters(model, by_type):
+    """-> names. By name, as the original: 'bn' in it; this leaves ResNet's downsample.1 norms decayed."""
+    if not by_type:
+        return {name for name, _ in model.named_parameters() if "bn" in name}
+    return {f"{module}.{name}" for module, norm in model.named_modules() if isinstance(norm, NORMS)
+            for name, _ in norm.named_parameters()}
+
+
+def make_criterion(settings):
+    return Matryoshka_CE_Loss(relative_importance(settings), label_smoothing=settings.training.label_smoothing)

@@ -1,0 +1,36 @@
+"""Learning rate and image resolution as pure functions of the epoch; train_imagenet.py reads them."""
+import numpy as np
+
+
+def cyclic(epoch, lr, peak_epoch, epochs):
+    """Triangle: 1e-4 * lr at epoch 0, lr at the peak, 0 at the end."""
+    return float(np.interp(epoch, [0, peak_epoch, epochs], [1e-4 * lr, lr, 0]))
+
+
+def step(epoch, lr, ratio, length, epochs):
+    """Multiplied by `ratio` every `length` epochs; 0 at the end."""
+    return 0.0 if epoch >= epochs else lr * ratio ** (epoch // length)
+
+
+def learning_rate(epoch, settings, epochs):
+    """The rate at the start of an epoch; `settings` is the lr section of train_imagenet.py."""
+    if settings.lr_schedule_type == "cyclic":
+        return cyclic(epoch, settings.lr, settings.lr_peak_epoch, epochs)
+    if settings.lr_schedule_type == "step":
+        return step(epoch, settings.lr, settings.step_ratio, settings.step_length, epochs)
+    return settings.lr
+
+
+def iteration_rates(epoch, iterations, settings, epochs):
+    """-> [iterations] rates of one epoch: a straight line towards the next epoch's rate, which is not reached."""
+    ends = [learning_rate(e, settings, epochs) for e in (epoch, epoch + 1)]
+    return np.interp(np.arange(iterations), [0, iterations], ends)
+
+
+def resolution(epoch, min_res, max_res, start_ramp, end_ramp):
+    """Pixels a side: min_res up to start_ramp, max_res from end_ramp, between them a line in steps of 32."""
+    if epoch <= start_ramp:
+        return min_res
+    if epoch >= end_ramp:
+        return max_res
+    return 32 * round(float(np.interp(epoch, [start_ramp, end_ramp], [min_res, max_res])) / 32)

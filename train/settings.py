@@ -1,0 +1,69 @@
+"""fastargs settings, read strictly: flags, --config-file YAMLs -> one namespace per section. Read by both scripts.
+
+fastargs itself ignores unknown keys of a config file and exits with status 0 on a bad value.
+"""
+import argparse
+from pathlib import Path
+from types import SimpleNamespace
+
+import yaml
+from fastargs import get_current_config
+from fastargs.exceptions import MissingValueError
+
+from MRL import InputError
+
+
+def read_settings(description, defaults=None):
+    """-> namespace of sections (settings.lr.lr), None where nothing is set. Command line over YAML over `defaults`."""
+    config = get_current_config()
+    config.collect(defaults or {})
+    for path in config_files():
+        check_keys(path, config)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    config.augment_argparse(parser)
+    config.collect_argparse_args(parser)
+    check_values(config)
+    sections = {}
+    for section, name in config.entries:
+        sections.setdefault(section, {})[name] = config[section, name]
+    return SimpleNamespace(**{name: SimpleNamespace(**values) for name, values in sections.items()})
+
+
+def config_files():
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-file", "-C", action="append", default=[])
+    return parser.parse_known_args()[0].config_file
+
+
+def check_keys(path, config):
+    """InputError for a key of a YAML (or JSON) file that no section declares."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
+        raise InputError(f"{path}: expected sections of keys, as in rn50_configs/rn50_40_epochs.yaml")
+    unknown = [f"{section}.{key}" for section in content for key in content[section]
+               if (section, key) not in config.entries]
+    if unknown:
+        raise InputError(f"{path}: unknown setting {', '.join(unknown)}; --help lists them all")
+
+
+def check_values(config):
+    problems = []
+    for path, error in config.validate(mode="errordict").items():
+        name, given = ".".join(path), config.content.get(path)
+        expected = config.entries[path].checker.help()
+        wanted = "required" if isinstance(error, MissingValueError) else f"expected {expected}"
+        problems.append(f"--{name}: {wanted}" if given is None else f"--{name}={given}: {wanted}")
+    for path, given in config.content.items():
+        if isinstance(given, float) and not problems and config[path] != given:     # YAML's 1.5 for a whole number
+            problems.append(f"--{'.'.join(path)}={given}: expected {config.entries[path].checker.help()}")
+    if problems:
+        raise InputError("; ".join(problems))
+
+
+def as_dict(settings):
+    """The namespaces back as plain dictionaries, what is not set left out: for params.json."""
+    return {section: {k: v for k, v in vars(values).items() if v is not None}
+            for section, values in vars(settings).items()}

@@ -1,0 +1,176 @@
+"""Train a ResNet50 (or any torchvision classifier) with a Matryoshka, MRL-E or fixed-feature head.
+
+    python train_imagenet.py --config-file rn50_configs/rn50_40_epochs.yaml --model.mrl=1 \\
+        --data.train_dataset=$WRITE_DIR/train_500_0.50_90.ffcv \\
+        --data.val_dataset=$WRITE_DIR/val_500_uncompressed.ffcv \\
+        --data.num_workers=12 --data.in_memory=1 --logging.folder=trainlogs --logging.log_level=1 \\
+        --dist.world_size=2 --training.distributed=1 --lr.lr=0.425
+
+On ImageNet with two GPUs the paper reports top-1 of 66.63 % at 8 dimensions, 76.80 % at 2048 (Table 1).
+Reads the files of write_imagenet.sh; leaves a run folder (see checkpoint.py) under --logging.folder.
+"""
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import checkpoint
+import launch
+from fastargs import Param, Section
+from fastargs.validation import And, InRange, OneOf
+from loaders import check_file, train_loader, val_loader
+from recipe import make_model, model_spec
+from settings import as_dict, read_settings
+from trainer import Trainer
+
+from MRL import InputError, command_line
+
+SWITCH = And(int, OneOf([0, 1]))
+COUNT = And(int, InRange(min=1))
+
+Section("model", "the network").params(
+    arch=Param(str, "torchvision classifier", default="resnet18"),
+    pretrained=Param(SWITCH, "torchvision's weights for the backbone", default=0),
+    efficient=Param(SWITCH, "MRL-E: one matrix whose columns all sizes share", default=0),
+    mrl=Param(SWITCH, "MRL: one classifier per size", default=0),
+    nesting_start=Param(And(int, InRange(min=0)), "smallest size is 2**this", default=3),
+    nesting_list=Param(str, "sizes instead of the powers of two, such as 8,212,416"),
+    fixed_feature=Param(COUNT, "neither mrl nor efficient: size of the fixed-feature baseline [default: all features]"),
+    relative_importance=Param(str, "weights of the sizes' losses, such as 2,1,1,1,1,1,1,1,1 [default: all 1]"),
+    num_classes=Param(COUNT, "number of classes", default=1000),
+    init_from=Param(str, "fine-tune: begin with the backbone of this final_weights.pt; the head begins anew"),
+    trainable=Param(str, "fine-tune: parts that learn, such as fc,layer4.2.conv3 (the others stay as they are)"),
+)
+Section("resolution", "progressive resizing").params(
+    min_res=Param(COUNT, "pixels a side up to start_ramp", default=160),
+    max_res=Param(COUNT, "pixels a side from end_ramp", default=160),
+    start_ramp=Param(int, "epoch", default=0),
+    end_ramp=Param(int, "epoch", default=0),
+)
+Section("data", "files of write_imagenet.sh").params(
+    train_dataset=Param(str, ".ffcv file", required=True),
+    val_dataset=Param(str, ".ffcv file", required=True),
+    num_workers=Param(int, "decoding threads of each process", required=True),
+    in_memory=Param(SWITCH, "the training file fits in memory", required=True),
+)
+Section("lr", "learning rate: 1.7 * global batch / 4096 for ResNet50").params(
+    lr=Param(And(float, InRange(min=0)), "peak", default=0.5),
+    lr_schedule_type=Param(OneOf(["step", "cyclic", "constant"]), "shape", default="cyclic"),
+    lr_peak_epoch=Param(int, "cyclic: epoch of the peak", default=2),
+    step_ratio=Param(float, "step: factor", default=0.1),
+    step_length=Param(COUNT, "step: epochs between steps", default=30),
+)
+Section("logging", "what is left behind").params(
+    folder=Param(str, "where run folders are made", required=True),
+    name=Param(str, "name of the run folder [default: a new uuid]; a named run that was stopped goes on"),
+    log_level=Param(And(int, OneOf([0, 1, 2])), "0: validate at the end; 1: each epoch; 2: also the loss in the bar",
+                    default=1),
+)
+Section("validation", "validation").params(
+    batch_size=Param(COUNT, "per process", default=512),
+    resolution=Param(COUNT, "pixels a side of the centre crop (224/256 of the shorter side)", default=224),
+    lr_tta=Param(SWITCH, "add the mirrored image's logits", default=1),
+)
+Section("training", "training").params(
+    eval_only=Param(SWITCH, "only validate the weights in path", default=0),
+    path=Param(str, "weights for eval_only"),
+    batch_size=Param(COUNT, "per process", default=512),
+    optimizer=Param(And(str, OneOf(["sgd"])), "optimiser", default="sgd"),
+    momentum=Param(float, "momentum", default=0.9),
+    weight_decay=Param(float, "weight decay", default=4e-5),
+    bn_wd=Param(float, "weight decay of norm parameters", default=0.0),
+    norms_by_type=Param(SWITCH, "norm parameters by module type, not by 'bn' in the name (which misses downsample.1)",
+                        default=0),
+    epochs=Param(COUNT, "epochs", default=30),
+    label_smoothing=Param(And(float, InRange(min=0, max=1)), "label smoothing", default=0.1),
+    distributed=Param(SWITCH, "start dist.world_size processes", default=0),
+    use_blurpool=Param(SWITCH, "blur before strided convolutions", default=0),
+    device=Param(And(str, OneOf(["cuda", "cpu"])), "cpu only where asked for", default="cuda"),
+    precision=Param(And(str, OneOf(["fp16", "bf16", "fp32"])), "[default: fp16 on a GPU, fp32 on a CPU]"),
+    compile=Param(SWITCH, "torch.compile", default=0),
+    seed=Param(And(int, InRange(min=0)), "initial weights, order, crops and flips", default=0),
+    resume=Param(str, "run folder to continue, with its own settings"),
+)
+Section("dist", "processes started by this script; under torchrun its environment wins").params(
+    world_size=Param(COUNT, "processes, one per GPU", default=1),
+    address=Param(str, "where they meet", default="localhost"),
+    port=Param(str, "where they meet", default="12355"),
+)
+
+
+def worker(process, settings, spec, folder, state):
+    """What every process does; `state` is the checkpoint to go on from, if there is one."""
+    d, v, device = settings.data, settings.validation, process.device
+    stop = launch.StopRequest(process)
+    trainer = Trainer(process, settings, spec, folder)
+    val = val_loader(d.val_dataset, v.batch_size, d.num_workers, v.resolution, device, process.rank, process.world_size)
+    if settings.training.eval_only:
+        record = {"epoch": -1, "timestamp": time.time(), **trainer.validate(val)}
+        if process.first:
+            checkpoint.append_log(folder, record)
+            print("\n".join(f"{k}: {x:.4f}" for k, x in record.items() if k.startswith(("top", "val_loss"))))
+        return
+    if state := launch.share(process, state):
+        trainer.restore(state)
+    if process.first:
+        checkpoint.forget_after(folder, trainer.epoch)
+    train = train_loader(d.train_dataset, settings.training.batch_size, d.num_workers, d.in_memory,
+                         settings.resolution.min_res, settings.training.seed, device, not process.alone)
+    trainer.run(train, val, stop)
+
+
+def run_folder(settings):
+    """Named by --logging.name, by torchrun (so that its restart finds the folder), or by a new uuid."""
+    name = settings.logging.name or launch.torchrun_name() or str(uuid.uuid4())
+    return Path(settings.logging.folder) / name
+
+
+def check(settings, spec):
+    """InputError for what would only fail, or go wrong unseen, after the start."""
+    launch.check_devices(settings)
+    if settings.training.eval_only != bool(settings.training.path):
+        raise InputError("--training.eval_only=1 and --training.path=<weights> go together")
+    if settings.training.precision == "fp16" and settings.training.device == "cpu":
+        raise InputError("--training.precision=fp16: on a CPU use fp32 or bf16")
+    images = check_file(settings.data.train_dataset, spec["num_classes"])
+    check_file(settings.data.val_dataset, spec["num_classes"])
+    batch = settings.training.batch_size * settings.dist.world_size
+    if images < batch:
+        raise InputError(f"{settings.data.train_dataset}: {images} images are fewer than one batch "
+                         f"({batch} over all processes); lower --training.batch_size")
+    if settings.training.path or settings.model.init_from or settings.model.trainable:
+        make_model(settings, spec, "cpu")      # says whether the files and names fit
+
+
+def open_folder(folder, settings, spec):
+    """Make a run folder, or find the run that goes on in it -> its checkpoint, None at the beginning."""
+    settings = as_dict(settings)
+    if not (folder / "params.json").exists():
+        checkpoint.make_folder(folder)
+        checkpoint.write_params(folder, settings, spec)
+    checkpoint.check_same_run(folder, settings)
+    if (folder / "final_weights.pt").exists() and not settings["training"]["eval_only"]:
+        raise InputError(f"{folder}: this run is finished; choose another --logging.name")
+    print(f"run folder: {folder}", flush=True)
+    return checkpoint.restore(folder)
+
+
+def resumed(words):
+    """-> the value of --training.resume, looked for before the settings are read: they come from that folder."""
+    values = [word.split("=", 1)[1] for word in words if word.startswith("--training.resume=")]
+    return Path(values[-1]) if values else None
+
+
+def main():
+    folder = resumed(sys.argv[1:])
+    settings = read_settings(__doc__, checkpoint.saved_settings(folder) if folder else None)
+    settings.dist.world_size = launch.world_size(settings)
+    spec = model_spec(settings)
+    check(settings, spec)
+    folder = folder or run_folder(settings)
+    state = open_folder(folder, settings, spec) if launch.is_first() else None
+    launch.launch(worker, settings, spec, folder, state)
+
+
+if __name__ == "__main__":
+    command_line(main)

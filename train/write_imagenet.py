@@ -1,0 +1,100 @@
+"""An ImageFolder tree (or CIFAR-10) -> one .ffcv file, which train_imagenet.py reads.
+
+    python write_imagenet.py --cfg.dataset=imagenet --cfg.split=train --cfg.data_dir=$IMAGENET_DIR/train \\
+        --cfg.write_path=$WRITE_DIR/train_500_0.50_90.ffcv --cfg.max_resolution=500 --cfg.write_mode=proportion \\
+        --cfg.compress_probability=0.50 --cfg.jpeg_quality=90
+
+write_imagenet.sh writes both splits. Labels are the classes' places in sorted folder order.
+"""
+import multiprocessing
+import os
+import signal
+import sys
+
+import numpy as np
+from fastargs import Param, Section
+from fastargs.validation import And, InRange, OneOf
+from ffcv.fields import IntField, RGBImageField
+from ffcv.writer import MIN_PAGE_SIZE, DatasetWriter
+from PIL import Image
+from settings import read_settings
+from torch.utils.data import Dataset
+from torchvision.datasets import CIFAR10, ImageFolder
+
+from MRL import InputError, command_line, replacing
+
+Section("cfg", "what to write").params(
+    dataset=Param(And(str, OneOf(["cifar", "imagenet"])), "data set", default="imagenet"),
+    split=Param(And(str, OneOf(["train", "val"])), "train or val", required=True),
+    data_dir=Param(str, "folder of the images: one folder per class", required=True),
+    write_path=Param(str, "the .ffcv file to write", required=True),
+    write_mode=Param(And(str, OneOf(["raw", "smart", "jpg", "proportion"])), "how pixels are stored", default="smart"),
+    max_resolution=Param(And(int, InRange(min=1, max=20000)), "longest side; larger images are shrunk", required=True),
+    num_workers=Param(And(int, InRange(min=1)), "processes", default=16),
+    chunk_size=Param(And(int, InRange(min=1)), "images a process takes at a time", default=100),
+    jpeg_quality=Param(And(int, InRange(min=1, max=100)), "quality of JPEGs", default=90),
+    subset=Param(int, "write only the first so many images; -1 is all", default=-1),
+    compress_probability=Param(And(float, InRange(min=0, max=1)), "mode proportion: share of images stored as JPEG"),
+)
+
+
+def open_dataset(cfg):
+    """-> a data set of (RGB image, class index)."""
+    try:
+        if cfg.dataset == "cifar":
+            return CIFAR10(cfg.data_dir, train=cfg.split == "train")
+        return ImageFolder(cfg.data_dir)
+    except (RuntimeError, FileNotFoundError) as error:
+        raise InputError(f"--cfg.data_dir={cfg.data_dir}: {str(error).splitlines()[0]}") from None
+
+
+class Readable(Dataset):
+    """The first n items; an image that cannot be read is named and counted, for FFCV waits for ever on an exception."""
+
+    def __init__(self, dataset, n):
+        self.dataset, self.n = dataset, n
+        self.unreadable = multiprocessing.Value("q", 0)
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        np.random.seed(index)      # noqa: NPY002  FFCV draws from it which images become JPEGs: the same in every writing
+        try:
+            return self.dataset[index]
+        except (OSError, SyntaxError, ValueError) as error:
+            with self.unreadable.get_lock():
+                self.unreadable.value += 1
+            print(f"unreadable: {self.dataset.samples[index][0]} ({error})", file=sys.stderr)
+            return Image.new("RGB", (1, 1)), 0
+
+
+def page_size(max_resolution):
+    """A page must hold one raw image."""
+    return max(4 * MIN_PAGE_SIZE, 1 << (3 * max_resolution ** 2 - 1).bit_length())
+
+
+def write(cfg):
+    dataset = open_dataset(cfg)
+    images = Readable(dataset, len(dataset) if cfg.subset < 0 else min(cfg.subset, len(dataset)))
+    compress = {} if cfg.compress_probability is None else {"compress_probability": cfg.compress_probability}
+    image = RGBImageField(write_mode=cfg.write_mode, max_resolution=cfg.max_resolution,
+                          jpeg_quality=cfg.jpeg_quality, **compress)
+    with replacing(cfg.write_path) as path:
+        writer = DatasetWriter(str(path), {"image": image, "label": IntField()}, num_workers=cfg.num_workers,
+                               page_size=page_size(cfg.max_resolution))
+        writer.from_indexed_dataset(images, chunksize=cfg.chunk_size)
+        if images.unreadable.value:
+            raise InputError(f"--cfg.data_dir={cfg.data_dir}: {images.unreadable.value} of {len(images)} images "
+                             "cannot be read (named above); nothing written")
+    print(f"wrote {cfg.write_path}: {len(images)} images, {os.path.getsize(cfg.write_path) / 1e6:.1f} MB")
+
+
+def main():
+    cfg = read_settings(__doc__).cfg
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # Ctrl-C: no tracebacks
+    write(cfg)
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,155 @@
+"""Build ImageNet-4K (appendix B) from ImageNet-21K: 4,202 classes, 1,000 database and 50 query images each.
+
+    python build_imagenet4k.py --source /data/imagenet21k --output /data/IMAGENET/imagenet-4k
+
+--source holds a folder `n00005787/` or a file `n00005787.tar` for each class of IDtoClass.txt. The result,
+`train/<class>/` (database) and `val/<class>/` (queries), is what `pytorch_inference.py --retrieval --dataset 4K` reads.
+Images are linked (--copy: copied; from tar files: extracted). Which ones: those of --list, else by a fixed rule: of a
+class's file names in sorted order the first 1,000 are the database, the next 50 the queries.
+A second run goes on where the first stopped, and checks what is there.
+"""
+import argparse
+import shutil
+import tarfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+from MRL import InputError, command_line, replacing
+
+HERE = Path(__file__).resolve().parent
+COUNTS = {"train": 1000, "val": 50}
+IMAGES = (".jpeg", ".jpg", ".png")
+
+
+def class_ids(path=HERE / "IDtoClass.txt"):
+    """-> the classes of a list whose lines begin with a synset id."""
+    return [line.split()[0] for line in Path(path).read_text().splitlines() if line.strip()]
+
+
+# ------------------------------------------------------------------------------------------------ which images
+
+def by_rule(source, classes, counts):
+    """-> {class: {"train": names, "val": names}}: file names in sorted order, first the database, then the queries."""
+    plan, short = {}, []
+    for name in tqdm(classes, desc="listing", unit="class"):
+        files = image_names(source, name)
+        if len(files) < sum(counts.values()):
+            short.append(f"{name} ({len(files)})")
+        plan[name] = {"train": files[:counts["train"]], "val": files[counts["train"]:sum(counts.values())]}
+    if short:
+        raise InputError(f"{source}: {len(short)} class(es) with fewer than {sum(counts.values())} images: "
+                         + ", ".join(short))
+    return plan
+
+
+def by_list(path, classes, counts):
+    """The same from a file of lines `train/<class>/<file name>` and `val/<class>/<file name>`."""
+    plan = {name: {split: [] for split in counts} for name in classes}
+    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+        parts = line.strip().split("/")
+        if len(parts) != 3 or parts[0] not in counts or parts[1] not in plan:
+            raise InputError(f"{path}, line {number}: {line!r} is not train/<class>/<file> or val/<class>/<file>, "
+                             "with a class of the list of classes")
+        plan[parts[1]][parts[0]].append(parts[2])
+    wrong = [name for name, files in plan.items() if {split: len(files[split]) for split in counts} != counts
+             or len(set().union(*files.values())) != sum(counts.values())]
+    if wrong:
+        raise InputError(f"{path}: {len(wrong)} class(es) without {counts['train']} train and {counts['val']} val "
+                         f"images, all different: {', '.join(wrong)}")
+    return plan
+
+
+def image_names(source, name):
+    """-> the image files of a class, sorted, from its folder or its tar file."""
+    folder, archive = Path(source, name), Path(source, f"{name}.tar")
+    if folder.is_dir():
+        names = [path.name for path in folder.iterdir()]
+    elif archive.is_file():
+        with opened(archive) as tar:
+            names = [Path(member.name).name for member in tar if member.isfile()]
+    else:
+        raise InputError(f"{source}: neither {name}/ nor {name}.tar is there")
+    return sorted(file for file in names if file.lower().endswith(IMAGES))
+
+
+def opened(archive):
+    try:
+        return tarfile.open(archive)
+    except tarfile.TarError as error:
+        raise InputError(f"{archive}: not a tar file, or truncated ({error})") from None
+
+
+# ------------------------------------------------------------------------------------------------ building
+
+def build(source, output, plan, copy=False):
+    """Make the folders of a plan; files that are there already stay."""
+    for name, splits in tqdm(plan.items(), desc="building", unit="class"):
+        for split in splits:
+            Path(output, split, name).mkdir(parents=True, exist_ok=True)
+        places = {file: Path(output, split, name, file) for split, files in splits.items() for file in files}
+        missing = {file: place for file, place in places.items() if not place.exists()}
+        if Path(source, name).is_dir():
+            from_folder(Path(source, name).resolve(), missing, copy)
+        elif missing:
+            from_tar(Path(source, f"{name}.tar"), missing)
+
+
+def from_folder(folder, places, copy):
+    for file, place in places.items():
+        if not (folder / file).is_file():
+            raise InputError(f"{folder / file} is not there")
+        with replacing(place) as temporary:
+            if copy:
+                shutil.copyfile(folder / file, temporary)
+            else:
+                temporary.symlink_to(folder / file)
+
+
+def from_tar(archive, places):
+    with opened(archive) as tar:
+        for member in tar:
+            place = places.pop(Path(member.name).name, None)
+            if place:
+                with replacing(place) as temporary, open(temporary, "wb") as out:
+                    shutil.copyfileobj(tar.extractfile(member), out)
+    if places:
+        raise InputError(f"{archive}: {min(places)} is not in it ({len(places)} file(s) missing)")
+
+
+def verify(output, plan):
+    """The folders hold the plan's files, each of them readable through its link, and nothing else."""
+    for split in COUNTS:
+        found = {folder.name: {file.name for file in folder.iterdir() if file.exists()}
+                 for folder in Path(output, split).iterdir()}
+        wrong = [name for name in sorted(found.keys() | plan.keys())
+                 if found.get(name) != set(plan.get(name, {}).get(split, ()))]
+        if wrong:
+            raise InputError(f"{Path(output, split)}: {len(wrong)} folder(s) hold other files than the selection's: "
+                             f"{', '.join(wrong[:5])}; remove them and run again")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", required=True, help="ImageNet-21K: class folders or tar files")
+    parser.add_argument("--output", required=True, help="folder to make, <data root>/imagenet-4k")
+    parser.add_argument("--list", help="file of lines train/<class>/<file> and val/<class>/<file>")
+    parser.add_argument("--copy", action="store_true", help="copy images instead of linking them")
+    parser.add_argument("--classes", default=HERE / "IDtoClass.txt", help="list of classes (default: the 4,202)")
+    for split, count in COUNTS.items():
+        parser.add_argument(f"--{split}", type=int, default=count, help=f"{split} images per class (default {count})")
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    classes, counts = class_ids(args.classes), {"train": args.train, "val": args.val}
+    plan = by_list(args.list, classes, counts) if args.list else by_rule(args.source, classes, counts)
+    build(args.source, args.output, plan, args.copy)
+    verify(args.output, plan)
+    print(f"{args.output}: {len(classes)} classes, {len(classes) * args.train} database images (train), "
+          f"{len(classes) * args.val} query images (val)")
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,158 @@
+"""Where a model looks, for each representation size of one checkpoint (Grad-CAM, arXiv 1610.02391; the paper's Fig. 9).
+
+    model = load_model("<run>/final_weights.pt")                     # MRL, MRL-E or fixed feature; MRL.load_model
+    maps, logits = gradcam.explain(model, gradcam.image_paths("<val>/n01744401"))
+
+All sizes share one forward pass; each has a backward pass of its own, from its head to the last layer with maps.
+Read by GradCAM.ipynb. Letters: N images, C classes, G sizes, K channels of h x w maps.
+"""
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+import superclass
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision import transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
+
+from MRL import InputError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)         # ImageNet's, as in training and inference
+BATCH = 16
+
+
+# ------------------------------------------------------------------------------------------------ the method
+
+def grad_cam(model, x, target=None, layer=None):
+    """x [N, 3, H, W], normalised -> maps [G, N, h, w] >= 0, logits [G, N, C].
+
+    target: class indices [N]; None is the class that each size predicts. layer: the name of the module whose maps are
+    weighed; None is the last stage. Freezes the model's parameters: gradients are taken of the maps alone.
+    """
+    model.requires_grad_(False).eval()
+    with maps_of(find_layer(model, layer)) as kept:
+        output = model(x)
+    activation = kept[-1]                                                     # [N, K, h, w]
+    logits = output[None] if torch.is_tensor(output) else torch.stack(output)
+    classes = logits.argmax(-1) if target is None else target.expand(len(logits), -1)
+    scores = logits.gather(-1, classes[..., None]).sum((1, 2))                # [G]; images do not meet in eval mode
+    maps = [weighed(activation, score) for score in scores]
+    return torch.stack(maps), logits.detach()
+
+
+def weighed(activation, score):
+    """Maps summed with their mean gradients as weights, negative parts cut: [N, K, h, w] -> [N, h, w]"""
+    gradient, = torch.autograd.grad(score, activation, retain_graph=True)
+    return F.relu((gradient.mean((2, 3), keepdim=True) * activation.detach()).sum(1))
+
+
+@contextmanager
+def maps_of(module):
+    """Keeps the module's output as the leaf from which gradients start; what follows works on a copy."""
+    kept = []
+
+    def keep(module, args, output):
+        if not torch.is_tensor(output) or output.dim() != 4:
+            raise InputError(f"{type(module).__name__} gives no maps [N, K, h, w]: name another layer")
+        kept.append(output.requires_grad_())
+        return output.clone()                              # in-place operations are common there, and fail on a leaf
+
+    handle = module.register_forward_hook(keep)
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+def find_layer(model, name=None):
+    """-> the module of that name; None: the last of `layer4` (ResNet) or `features` (most other networks)."""
+    if name is not None:
+        try:
+            return model.get_submodule(name)
+        except AttributeError:
+            there = ", ".join(child for child, _ in model.named_children())
+            raise InputError(f"the model has no module {name!r}; it has {there}") from None
+    stages = [getattr(model, stage) for stage in ("layer4", "features") if hasattr(model, stage)]
+    if not stages:
+        raise InputError(f"{type(model).__name__} has neither layer4 nor features: give the name of a layer with maps")
+    return stages[0][-1]
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+def explain(model, paths, target=None, layer=None, resize=256, crop=224):
+    """`grad_cam` of image files, in batches on the model's device -> maps [G, N, h, w], logits [G, N, C] on the CPU."""
+    device, maps, logits = next(model.parameters()).device, [], []
+    for start in tqdm(range(0, len(paths), BATCH), desc="Grad-CAM", unit="batch", disable=None):
+        batch = slice(start, start + BATCH)
+        x = torch.stack([normalise(picture(path, resize, crop)) for path in paths[batch]]).to(device)
+        classes = None if target is None else target[batch].to(device)
+        for kept, new in zip((maps, logits), grad_cam(model, x, classes, layer), strict=True):
+            kept.append(new.cpu())
+    return torch.cat(maps, 1), torch.cat(logits, 1)
+
+
+def image_paths(path):
+    """One image, or a folder with images at any depth -> sorted paths."""
+    path = Path(path)
+    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+    if not found:
+        raise InputError(f"{path}: no such image, or a folder without images")
+    return found
+
+
+def picture(path, resize=256, crop=224):
+    """The part of an image that the network sees -> [3, crop, crop] in 0 ... 1."""
+    see = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(crop), transforms.ToTensor()])
+    try:
+        with Image.open(path) as image:
+            return see(image.convert("RGB"))
+    except OSError as error:
+        raise InputError(f"{path}: not a readable image ({str(error).splitlines()[0]})") from None
+
+
+def normalise(image):
+    return transforms.functional.normalize(image, MEAN, STD)
+
+
+def overlay(image, heat, strength=0.5):
+    """image [3, H, W] in 0 ... 1, heat [h, w] >= 0 -> [H, W, 3]: the map, scaled to its maximum, over the image."""
+    heat = F.interpolate(heat[None, None], size=image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
+    colours = matplotlib.colormaps["turbo"]((heat / heat.max().clamp(min=1e-12)).numpy())[..., :3]
+    return strength * colours + (1 - strength) * image.permute(1, 2, 0).numpy()
+
+
+# ------------------------------------------------------------------------------------------------ classes
+
+def class_ids(num_classes, folder=None):
+    """-> class folder names in class order: those in `folder` (a validation set); None: ImageNet's 1,000 synsets."""
+    if folder is None:
+        ids = superclass.classes()
+    elif Path(folder).is_dir():
+        ids = sorted(p.name for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
+    else:
+        raise InputError(f"{folder}: no such folder; `classes` must be a set with one folder for each class")
+    if len(ids) != num_classes:
+        raise InputError(f"the model has {num_classes} classes, {folder or 'ImageNet'} has {len(ids)}: give `classes`, "
+                         "a folder with one folder for each class")
+    return ids
+
+
+def class_names(ids):
+    """-> readable names: a synset's own, else the folder's."""
+    return [superclass.name(one) if one in superclass.synsets() else one for one in ids]
+
+
+def true_classes(paths, ids):
+    """-> [N] class indices by the folder in which each image lies: one of ids, or ImageNetV2's integers."""
+    index = {one: i for i, one in enumerate(ids)}
+    if ids == superclass.classes():
+        index |= {str(i): i for i in range(len(ids))}
+    missing = [path for path in paths if path.parent.name not in index]
+    if missing:
+        raise InputError(f"{missing[0]}: its folder is none of the {len(ids)} classes, so its true class is not known; "
+                         "ask for the predicted class")
+    return torch.tensor([index[path.parent.name] for path in paths])

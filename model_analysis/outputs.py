@@ -1,0 +1,197 @@
+"""Reads what inference/pytorch_inference.py saved: softmax, logits or predictions, and the true classes.
+
+    softmax, gt, info = outputs.read("../inference", "softmax", head="mrl", dataset="V1", tta=True)
+
+Every notebook of this folder gets its arrays here. A file's name says which model, set and augmentation it is of; the
+.json of the same stem says the sizes, the class names and the checkpoint. Files written by the original repository
+have no .json and other spellings; they are read too.
+"""
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from MRL import InputError
+
+# The first is what this repository writes (the original's script left `_ff=` out and some of its notebooks wrote 1 for
+# True); the second is what the original's oracle, superclass and Grad-CAM notebooks ask for: sh (single head) is MRL-E.
+SPELLINGS = [
+    re.compile(r"mrl=(?P<mrl>\w+?)_efficient=(?P<efficient>\w+?)(_ff=(?P<size>\d+))?_dataset=(?P<dataset>.+)"
+               r"_tta=(?P<tta>\w+?)_(?P<kind>logits|softmax|predictions)"),
+    re.compile(r"(?P<kind>logits|softmax|predictions)_sh=(?P<efficient>\w+?)_mh=(?P<mrl>\w+?)_ff=\w+?"
+               r"_feat_dim=(?P<size>\d+)_dataset=(?P<dataset>.+)"),
+]
+FOLDERS = ["", "logits", "softmax", "predictions", "ground_truth"]      # the original's notebooks sort into subfolders
+YES = ("True", "1")
+
+
+def read(folder, kind, head="mrl", dataset="V1", tta=False):
+    """-> (array, gt, info) of one model on one set, as inference saved them.
+
+    kind: "softmax" or "logits", float32 [G, N, C], memory-mapped: pages are read when touched; "predictions", int64
+    [G, N]. head: "mrl", "mrl_e" or "ff<d>" (G = 1).
+    gt: int64 [N]. info: head, dataset, tta, nesting_list [G], num_classes, classes (names in order), and the
+    fingerprints checkpoint and images (of the list of images). For the original's files the last three are None.
+    Raises InputError when a file is missing (with the command that makes it), broken, or not of the same run as gt.
+    """
+    wanted = {"kind": kind, "head": head, "dataset": dataset, "tta": tta}
+    path = find(folder, wanted)
+    array = load(path, dims=2 if kind == "predictions" else 3)
+    gt_path = find_gt(folder, wanted)
+    gt = load(gt_path, dims=1)
+    info = describe(path, array, wanted)
+    check(path, array, gt, info)
+    same_images(path, gt_path)
+    return array, gt, info
+
+
+def same_run(*infos):
+    """Raise InputError unless these `info`s are of one model: same checkpoint (where it is known), same sizes."""
+    first = infos[0]
+    for other in infos[1:]:
+        if other["nesting_list"] != first["nesting_list"]:
+            raise InputError(f"{first['dataset']} has the sizes {first['nesting_list']}, {other['dataset']} has "
+                             f"{other['nesting_list']}: files of different models")
+        if None not in (first["checkpoint"], other["checkpoint"]) and other["checkpoint"] != first["checkpoint"]:
+            raise InputError(f"{first['dataset']} and {other['dataset']} are of different checkpoints "
+                             f"({first['checkpoint']}, {other['checkpoint']}): run inference again with one of them")
+
+
+# ------------------------------------------------------------------------------------------------ which file
+
+def find(folder, wanted):
+    """-> the one file in `folder` that holds what is wanted."""
+    named = {path: parse(path.stem) for path in saved_files(folder)}
+    fitting = [path for path, name in named.items() if name and fits(name, wanted)]
+    if len(fitting) > 1:
+        raise InputError(f"{folder}: several files fit: {', '.join(p.name for p in fitting)}; keep one of them there")
+    if not fitting:
+        there = [path.name for path, name in named.items() if name and same(name["dataset"], wanted["dataset"])]
+        raise InputError(f"{folder}: no {wanted['kind']} of {wanted['head']} on {wanted['dataset']} with "
+                         f"tta={wanted['tta']} (for this set it holds: {', '.join(there) or 'nothing'}); make it: "
+                         + inference_command(wanted))
+    return fitting[0]
+
+
+def find_gt(folder, wanted):
+    fitting = [path for path in saved_files(folder) if same(path.stem, f"gt_dataset={wanted['dataset']}")]
+    if len(fitting) != 1:
+        raise InputError(f"{folder}: {len(fitting) or 'no'} gt_dataset={wanted['dataset']}.pth (the true classes); "
+                         f"make it: {inference_command(wanted)}")
+    return fitting[0]
+
+
+def saved_files(folder):
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such folder; it must be the one where pytorch_inference.py saved its files")
+    return sorted(path for sub in FOLDERS for path in Path(folder, sub).glob("*.pth"))
+
+
+def parse(stem):
+    """A file name without its ending -> kind, head, dataset, tta (None: not said), or None for another file."""
+    found = next(filter(None, (spelling.fullmatch(stem) for spelling in SPELLINGS)), None)
+    if found is None:
+        return None
+    name = found.groupdict()
+    head = "mrl_e" if name["efficient"] in YES else "mrl" if name["mrl"] in YES else f"ff{name['size'] or ''}"
+    tta = name["tta"] in YES if "tta" in name else None
+    return {"kind": name["kind"], "head": head, "dataset": name["dataset"], "tta": tta}
+
+
+def fits(name, wanted):
+    """What a name leaves out (the original's: tta, or the size of a fixed-feature model) fits anything."""
+    return (name["kind"] == wanted["kind"] and same(name["dataset"], wanted["dataset"])
+            and name["tta"] in (None, wanted["tta"])
+            and (name["head"] == wanted["head"] or (name["head"] == "ff" and wanted["head"].startswith("ff"))))
+
+
+def same(a, b):
+    """Upper and lower case are the same: the original's script says sketch, its README Sketch."""
+    return str(a).casefold() == str(b).casefold()
+
+
+def inference_command(wanted):
+    head = {"mrl": "--mrl", "mrl_e": "--mrl --efficient"}.get(wanted["head"], f"--rep_size {wanted['head'][2:]}")
+    return (f"cd inference && python pytorch_inference.py --path <final_weights.pt> {head} "
+            f"--dataset {wanted['dataset']}{' --tta' * wanted['tta']} "
+            f"--save_{wanted['kind']} --save_gt")
+
+
+# ------------------------------------------------------------------------------------------------ what it holds
+
+def load(path, dims):
+    """-> the file's array: float32 [G, N, C] for dims=3, int64 [G, N] for 2, int64 [N] for 1."""
+    try:
+        tensor = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        array = tensor.numpy()
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: not a saved tensor, or truncated ({reason})") from None
+    if dims > 1 and array.ndim == dims - 1:                 # the original's fixed-feature files have no axis for sizes
+        array = array[None]
+    if dims == 1:
+        array = array.reshape(len(array), -1)[:, 0]         # and some of its labels are [N, 1]
+    if array.ndim != dims or not array.size:
+        raise InputError(f"{path}: has shape {list(array.shape)}, expected "
+                         f"{['[N]', '[G, N]', '[G, N, C]'][dims - 1]} with N > 0")
+    return array if dims == 3 else whole_numbers(path, array)
+
+
+def whole_numbers(path, array):
+    classes = array.astype(np.int64)
+    if (classes != array).any() or (classes < 0).any():
+        raise InputError(f"{path}: holds other numbers than class indices")
+    return classes
+
+
+def describe(path, array, wanted):
+    """-> info, from the .json beside the file, or as far as the name and the shape show it."""
+    known = {"nesting_list": sizes_by_name(path, array, wanted["head"]), "classes": None, "checkpoint": None,
+             "images": None, "num_classes": array.shape[2] if array.ndim == 3 else None, **companion(path)}
+    for key in ("dataset", "tta"):
+        if not same(known.get(key, wanted[key]), wanted[key]):
+            raise InputError(f"{path}: is named {key}={wanted[key]}, the .json beside it says {known[key]}; it was "
+                             "renamed: run inference again")
+    return {**{key: wanted[key] for key in ("head", "dataset", "tta")},
+            **{key: known[key] for key in ("nesting_list", "num_classes", "classes", "checkpoint", "images")}}
+
+
+def companion(path):
+    """-> the .json beside a file; {} where there is none (the original's files)."""
+    try:
+        return json.loads(path.with_suffix(".json").read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise InputError(f"{path.with_suffix('.json')}: not a JSON file; run inference again") from None
+
+
+def sizes_by_name(path, array, head):
+    """The sizes of a file without .json: G of them, doubling up to the one in its name (2048 where it has none)."""
+    if head.startswith("ff"):
+        return [int(head[2:])]
+    named = re.search(r"(?:ff|feat_dim)=(\d+)", path.stem)
+    return [int(named[1] if named else 2048) >> i for i in reversed(range(len(array)))]
+
+
+def check(path, array, gt, info):
+    """InputError unless the array, its description and the true classes belong together."""
+    if len(info["nesting_list"]) != len(array):
+        raise InputError(f"{path}: holds {len(array)} sizes, its description {info['nesting_list']}")
+    if array.shape[1] != len(gt):
+        raise InputError(f"{path}: has {array.shape[1]} images, the true classes beside it {len(gt)}; they are of "
+                         "different runs: save both in one run of inference")
+    if array.ndim == 3 and array.shape[2] != info["num_classes"]:
+        raise InputError(f"{path}: has {array.shape[2]} classes, its description {info['num_classes']}")
+    largest = max(gt.max(), array.max() if array.ndim == 2 else 0)
+    if info["num_classes"] is not None and largest >= info["num_classes"]:
+        raise InputError(f"{path}: class {largest} is beyond the {info['num_classes']} classes of the model")
+
+
+def same_images(path, gt_path):
+    """InputError where the two .json files show that the outputs are of other images than the true classes."""
+    images = [companion(one).get("images") for one in (path, gt_path)]
+    if None not in images and images[0] != images[1]:
+        raise InputError(f"{path} and {gt_path.name} are of different images: save both in one run of inference")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,7 +29,7 @@ def run():
     def start(folder, command, check=True, env=None, timeout=600):
         words = command.split() if isinstance(command, str) else [str(word) for word in command]
         done = subprocess.run([sys.executable, *words], cwd=ROOT / folder, capture_output=True, text=True,
-                              env={**os.environ, **(env or {})}, timeout=timeout)
+                              env=with_python(**(env or {})), timeout=timeout)
         assert not check or done.returncode == 0, done.stderr[-4000:]
         return done
     return start
@@ -45,6 +46,38 @@ def refused(run):
         assert len(lines) == 1, done.stderr[-3000:]
         return lines[0]
     return start
+
+
+@pytest.fixture(scope="session")
+def image_tree(tmp_path_factory):
+    """Folder with train/ (3 classes of 20 pictures) and val/ (11, 11 and 12), JPEG and PNG, of many shapes."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, counts in {"train": (20, 20, 20), "val": (11, 11, 12)}.items():
+        for label, count in enumerate(counts):
+            (root / split / f"class{label}").mkdir(parents=True)
+            for i in range(count):
+                blocks = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+                blocks[label::3] = 255      # something to learn
+                height, width = rng.integers(40, 72, 2)
+                image = Image.fromarray(np.kron(blocks, np.ones((12, 12, 1), np.uint8))[:height, :width])
+                image.save(root / split / f"class{label}" / f"{i}.{'png' if i % 2 else 'jpg'}")
+    return root
+
+
+@pytest.fixture(scope="session")
+def ffcv_folder(image_tree, tmp_path_factory):
+    """What write_imagenet.sh makes of `image_tree`: the two files that training reads."""
+    folder = tmp_path_factory.mktemp("ffcv")
+    env = with_python(IMAGENET_DIR=str(image_tree), WRITE_DIR=str(folder), WORKERS="2")
+    done = subprocess.run(["./write_imagenet.sh", "500", "0.50", "90"], cwd=ROOT / "train", env=env,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def with_python(**variables):
+    """The environment, with this Python first on the path: shell scripts call `python`."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **variables}
 
 
 def fill(state_dict, seed):

@@ -20,6 +20,7 @@ from ffcv.fields.rgb_image import IMAGE_MODES, CenterCropRGBImageDecoder, Resize
 from ffcv.libffcv import imdecode, resize_crop
 from ffcv.loader import Loader, OrderOption
 from ffcv.loader.epoch_iterator import EpochIterator
+from ffcv.memory_managers import OSCacheManager
 from ffcv.pipeline.compiler import Compiler
 from ffcv.reader import Reader
 from ffcv.transforms import ToDevice, ToTensor
@@ -81,6 +82,22 @@ def workers(asked):
     if asked > available and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"data.num_workers={asked}: this machine has {available} cores, using {available}")
     return min(asked, available) if asked > 0 else available
+
+
+def _compile_reader(self):
+    """FFCV's way to read a stored image: the bytes at an address of the memory map."""
+    mapped, table = numba.types.Array(numba.uint8, 1, "C", readonly=True), numba.uint64[::1]
+
+    def read(address, state):
+        size = state[2][np.searchsorted(state[1], address)]
+        return state[0][address:address + size]
+
+    return Compiler.compile(read, mapped(numba.uint64, numba.types.Tuple([mapped, table, table])))
+
+
+# FFCV's own makes numba's shared uint8[::1] read-only in place, which breaks the tables of functions compiled before
+# and ends in tracebacks from their finalisers.
+OSCacheManager.compile_reader = _compile_reader
 
 
 class TrainLoader(Loader):

@@ -7,15 +7,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import yaml
-from fastargs import get_current_config
 from fastargs.exceptions import MissingValueError
 
 from MRL import InputError
 
 
-def read_settings(description, defaults=None):
-    """-> namespace of sections (settings.lr.lr), None where nothing is set. Command line over YAML over `defaults`."""
-    config = get_current_config()
+def read_settings(config, description, defaults=None):
+    """-> namespace of the config's sections (settings.lr.lr), None where nothing is set.
+
+    The command line goes before the YAML files, they go before `defaults`.
+    """
+    config.content.clear()
     config.collect(defaults or {})
     for path in config_files():
         check_keys(path, config)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import checkpoint
 import launch
-from fastargs import Param, Section
+from fastargs import Config, Param, Section
 from fastargs.validation import And, InRange, OneOf
 from loaders import check_file, train_loader, val_loader
 from recipe import make_model, model_spec
@@ -27,8 +27,9 @@ from MRL import InputError, command_line
 
 SWITCH = And(int, OneOf([0, 1]))
 COUNT = And(int, InRange(min=1))
+CONFIG = Config()
 
-Section("model", "the network").params(
+Section("model", "the network", CONFIG).params(
     arch=Param(str, "torchvision classifier", default="resnet18"),
     pretrained=Param(SWITCH, "torchvision's weights for the backbone", default=0),
     efficient=Param(SWITCH, "MRL-E: one matrix whose columns all sizes share", default=0),
@@ -41,37 +42,37 @@ Section("model", "the network").params(
     init_from=Param(str, "fine-tune: begin with the backbone of this final_weights.pt; the head begins anew"),
     trainable=Param(str, "fine-tune: parts that learn, such as fc,layer4.2.conv3 (the others stay as they are)"),
 )
-Section("resolution", "progressive resizing").params(
+Section("resolution", "progressive resizing", CONFIG).params(
     min_res=Param(COUNT, "pixels a side up to start_ramp", default=160),
     max_res=Param(COUNT, "pixels a side from end_ramp", default=160),
     start_ramp=Param(int, "epoch", default=0),
     end_ramp=Param(int, "epoch", default=0),
 )
-Section("data", "files of write_imagenet.sh").params(
+Section("data", "files of write_imagenet.sh", CONFIG).params(
     train_dataset=Param(str, ".ffcv file", required=True),
     val_dataset=Param(str, ".ffcv file", required=True),
     num_workers=Param(int, "decoding threads of each process", required=True),
     in_memory=Param(SWITCH, "the training file fits in memory", required=True),
 )
-Section("lr", "learning rate: 1.7 * global batch / 4096 for ResNet50").params(
+Section("lr", "learning rate: 1.7 * global batch / 4096 for ResNet50", CONFIG).params(
     lr=Param(And(float, InRange(min=0)), "peak", default=0.5),
     lr_schedule_type=Param(OneOf(["step", "cyclic", "constant"]), "shape", default="cyclic"),
     lr_peak_epoch=Param(int, "cyclic: epoch of the peak", default=2),
     step_ratio=Param(float, "step: factor", default=0.1),
     step_length=Param(COUNT, "step: epochs between steps", default=30),
 )
-Section("logging", "what is left behind").params(
+Section("logging", "what is left behind", CONFIG).params(
     folder=Param(str, "where run folders are made", required=True),
     name=Param(str, "name of the run folder [default: a new uuid]; a named run that was stopped goes on"),
     log_level=Param(And(int, OneOf([0, 1, 2])), "0: validate at the end; 1: each epoch; 2: also the loss in the bar",
                     default=1),
 )
-Section("validation", "validation").params(
+Section("validation", "validation", CONFIG).params(
     batch_size=Param(COUNT, "per process", default=512),
     resolution=Param(COUNT, "pixels a side of the centre crop (224/256 of the shorter side)", default=224),
     lr_tta=Param(SWITCH, "add the mirrored image's logits", default=1),
 )
-Section("training", "training").params(
+Section("training", "training", CONFIG).params(
     eval_only=Param(SWITCH, "only validate the weights in path", default=0),
     path=Param(str, "weights for eval_only"),
     batch_size=Param(COUNT, "per process", default=512),
@@ -91,7 +92,7 @@ Section("training", "training").params(
     seed=Param(And(int, InRange(min=0)), "initial weights, order, crops and flips", default=0),
     resume=Param(str, "run folder to continue, with its own settings"),
 )
-Section("dist", "processes started by this script; under torchrun its environment wins").params(
+Section("dist", "processes started by this script; under torchrun its environment wins", CONFIG).params(
     world_size=Param(COUNT, "processes, one per GPU", default=1),
     address=Param(str, "where they meet", default="localhost"),
     port=Param(str, "where they meet", default="12355"),
@@ -163,7 +164,7 @@ def resumed(words):
 
 def main():
     folder = resumed(sys.argv[1:])
-    settings = read_settings(__doc__, checkpoint.saved_settings(folder) if folder else None)
+    settings = read_settings(CONFIG, __doc__, checkpoint.saved_settings(folder) if folder else None)
     settings.dist.world_size = launch.world_size(settings)
     spec = model_spec(settings)
     check(settings, spec)

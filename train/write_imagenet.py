@@ -12,7 +12,7 @@ import signal
 import sys
 
 import numpy as np
-from fastargs import Param, Section
+from fastargs import Config, Param, Section
 from fastargs.validation import And, InRange, OneOf
 from ffcv.fields import IntField, RGBImageField
 from ffcv.writer import MIN_PAGE_SIZE, DatasetWriter
@@ -23,7 +23,8 @@ from torchvision.datasets import CIFAR10, ImageFolder
 
 from MRL import InputError, command_line, replacing
 
-Section("cfg", "what to write").params(
+CONFIG = Config()
+Section("cfg", "what to write", CONFIG).params(
     dataset=Param(And(str, OneOf(["cifar", "imagenet"])), "data set", default="imagenet"),
     split=Param(And(str, OneOf(["train", "val"])), "train or val", required=True),
     data_dir=Param(str, "folder of the images: one folder per class", required=True),
@@ -91,7 +92,7 @@ def write(cfg):
 
 
 def main():
-    cfg = read_settings(__doc__).cfg
+    cfg = read_settings(CONFIG, __doc__).cfg
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # Ctrl-C: no tracebacks
     write(cfg)
 

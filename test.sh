@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Sets up where need be, then runs ruff and the tests. Arguments go to pytest: ./test.sh tests/test_mrl.py -k loss
+cd "$(dirname "$0")"
+source ./setup.sh
+ruff check .
+python -m pytest "$@"

@@ -1,0 +1,258 @@
+"""MRL.py against the original's numbers (tests/golden) and against plain loops."""
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import fill
+
+import MRL
+from MRL import InputError, Matryoshka_CE_Loss, MRL_Linear_Layer, build_model, load_model, stack_logits
+
+HEADS = {"mrl": "mrl", "mrl_e": "mrl_e", "ff512": "ff512", "ff2048": "ff2048"}
+
+
+def tiny(head="mrl", **spec):
+    """A small model with reproducible weights."""
+    torch.manual_seed(0)
+    return build_model("resnet18", head, num_classes=5, **spec)
+
+
+def saved(model, folder, params=False, state=None):
+    path = folder / "final_weights.pt"
+    torch.save(model.state_dict() if state is None else state, path)
+    if params:
+        (folder / "params.json").write_text(json.dumps({"model": model.spec}))
+    return path
+
+
+# ---- golden: the original's own numbers
+
+@pytest.mark.parametrize("kind", ["mrl", "mrl_e"])
+def test_head_equals_the_original(golden, kind):
+    numbers, arrays = golden("model")
+    head = MRL_Linear_Layer(MRL.NESTING_LIST, 10, efficient=kind == "mrl_e")
+    assert {k: list(v.shape) for k, v in head.state_dict().items()} == numbers[f"head_{kind}_state_dict"]
+    head.load_state_dict(fill(head.state_dict(), 11))
+    rng = np.random.default_rng(7)
+    x = torch.from_numpy(rng.standard_normal((6, 2048)).astype(np.float32)).requires_grad_()
+    y = torch.from_numpy(rng.integers(0, 10, 6))
+    logits = head(x)
+    assert isinstance(logits, tuple) and len(logits) == 9
+    np.testing.assert_allclose(torch.stack(logits).detach(), arrays[f"head_{kind}_logits"], atol=2e-6)
+    loss = Matryoshka_CE_Loss(label_smoothing=0.1)(logits, y)
+    loss.backward()
+    assert loss.item() == pytest.approx(float(arrays[f"head_{kind}_loss"]), rel=3e-7)
+    np.testing.assert_allclose(x.grad, arrays[f"head_{kind}_grad_x"], atol=1e-7)
+    weighted = Matryoshka_CE_Loss(range(1, 10), label_smoothing=0.1)(logits, y)
+    assert weighted.item() == pytest.approx(float(arrays[f"head_{kind}_loss_weighted_1to9"]), rel=3e-7)
+
+
+def test_fixed_feature_layer_equals_the_original(golden):
+    _, arrays = golden("model")
+    head = MRL.FixedFeatureLayer(512, 10)
+    head.load_state_dict(fill(head.state_dict(), 11))
+    x = torch.from_numpy(np.random.default_rng(7).standard_normal((6, 2048)).astype(np.float32))
+    np.testing.assert_allclose(head(x).detach(), arrays["head_ff512_logits"], atol=1e-6)
+
+
+def golden_logits(model):
+    x = torch.from_numpy(np.random.default_rng(3).standard_normal((2, 3, 64, 64)).astype(np.float32))
+    with torch.inference_mode():
+        return stack_logits(model.eval()(x))[..., :20].squeeze(0).numpy()
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_whole_model_equals_the_original(golden, kind):
+    numbers, arrays = golden("model")
+    model = build_model(head=HEADS[kind])
+    state = model.state_dict()
+    assert list(state) == list(numbers[f"resnet50_{kind}_state_dict"])      # keys in the original's order
+    assert {k: list(v.shape) for k, v in state.items()} == numbers[f"resnet50_{kind}_state_dict"]
+    model.load_state_dict(fill(state, 5))
+    np.testing.assert_allclose(golden_logits(model), arrays[f"resnet50_{kind}_logits_first20"], atol=2e-6)
+
+
+@pytest.mark.parametrize("kind, head, sizes", [("mrl_old", "mrl", None), ("mrl_e_old", "mrl_e", MRL.NESTING_LIST)])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_released_layouts_load(golden, tmp_path, kind, head, sizes, prefix):
+    numbers, arrays = golden("model")
+    empty = {k: torch.zeros(shape, dtype=torch.long if "num_batches" in k else None)
+             for k, shape in numbers[f"resnet50_{kind}_state_dict"].items()}
+    blurred = {k: v for k, v in build_model(head=head).state_dict().items() if k.endswith("blur_filter")}
+    state = fill(empty, 5) | blurred
+    torch.save({prefix + k: state[k] for k in empty}, tmp_path / "old.pt")
+    model = load_model(tmp_path / "old.pt", "resnet50", head, sizes, old_ckpt=True)
+    np.testing.assert_allclose(golden_logits(model), arrays[f"resnet50_{kind}_logits_first20"], atol=2e-6)
+
+
+# ---- the layer and the loss, against plain computations
+
+def test_mrl_e_is_one_matrix_read_to_each_size():
+    head = MRL_Linear_Layer([2, 3, 8], 4, efficient=True)
+    x = torch.randn(5, 10)
+    weight, bias = head.nesting_classifier_0.weight, head.nesting_classifier_0.bias
+    for size, logits in zip([2, 3, 8], head(x), strict=True):
+        torch.testing.assert_close(logits, x[:, :size] @ weight[:, :size].T + bias)
+
+
+@pytest.mark.parametrize("efficient", [False, True])
+def test_one_size_is_a_plain_linear_layer(efficient):
+    head = MRL_Linear_Layer([8], 4, efficient=efficient)
+    x = torch.randn(5, 8)
+    (logits,) = head(x)
+    torch.testing.assert_close(logits, head.nesting_classifier_0(x))
+
+
+def test_no_bias_means_none():
+    assert [k for k in MRL_Linear_Layer([2, 4], 3, bias=False).state_dict() if "bias" in k] == []
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"label_smoothing": 0.1}, {"weight": torch.tensor([1., 2., 3., 4.])},
+                                    {"ignore_index": 2}, {"reduction": "sum"},
+                                    {"weight": torch.tensor([1., 2., 3., 4.]), "ignore_index": 2}])
+@pytest.mark.parametrize("importance", [None, [1, 2, 0.5]])
+def test_loss_equals_the_loop_over_sizes(kwargs, importance):
+    logits = [torch.randn(6, 4) for _ in range(3)]
+    target = torch.tensor([0, 1, 2, 3, 2, 1])
+    loop = sum(c * F.cross_entropy(x, target, **kwargs) for c, x in zip(importance or [1, 1, 1], logits, strict=True))
+    torch.testing.assert_close(Matryoshka_CE_Loss(importance, **kwargs)(tuple(logits), target), loop)
+    torch.testing.assert_close(Matryoshka_CE_Loss(importance, **kwargs)(torch.stack(logits), target), loop)
+
+
+def test_loss_takes_probabilities_as_targets():
+    logits, target = torch.randn(3, 6, 4), torch.rand(6, 4).softmax(1)
+    torch.testing.assert_close(Matryoshka_CE_Loss()(logits, target), sum(F.cross_entropy(x, target) for x in logits))
+
+
+def test_relative_importance_is_a_buffer_and_checked():
+    assert dict(Matryoshka_CE_Loss([1, 2]).named_buffers())["relative_importance"].tolist() == [1, 2]
+    assert Matryoshka_CE_Loss([1, 2]).to("meta").relative_importance.is_meta      # follows the device
+    for weights in ([-1, 1], [0, 0], [float("nan"), 1], 3):
+        with pytest.raises(InputError):
+            Matryoshka_CE_Loss(weights)
+    with pytest.raises(ValueError, match="2 weights, the model 3 sizes"):
+        Matryoshka_CE_Loss([1, 2])(torch.randn(3, 6, 4), torch.zeros(6, dtype=torch.long))
+
+
+def test_default_sizes():
+    assert MRL.default_nesting_list(2048) == MRL.NESTING_LIST
+    assert MRL.default_nesting_list(2048, 4)[0] == 16
+    assert MRL.default_nesting_list(768) == [8, 16, 32, 64, 128, 256, 512, 768]
+    assert MRL.default_nesting_list(8) == [8]
+    with pytest.raises(InputError):
+        MRL.default_nesting_list(8, 4)
+
+
+@pytest.mark.parametrize("sizes", [[], [8, 8], [16, 8], [0, 8], [8.5]])
+def test_sizes_must_increase(sizes):
+    with pytest.raises(InputError):
+        MRL_Linear_Layer(sizes)
+
+
+def test_features_that_are_too_few():
+    with pytest.raises(ValueError, match="4 dimensions, the classifier reads 8"):
+        MRL_Linear_Layer([2, 8], 3)(torch.randn(1, 4))
+
+
+# ---- models
+
+@pytest.mark.parametrize("arch, name, width", [("resnet18", "fc", 512), ("convnext_tiny", "classifier.2", 768),
+                                               ("efficientnet_b0", "classifier.1", 1280),
+                                               ("vit_b_16", "heads.head", 768), ("densenet121", "classifier", 1024)])
+def test_any_torchvision_classifier(arch, name, width):
+    with torch.device("meta"):
+        model = build_model(arch, "mrl", num_classes=3)
+    found, head = MRL.classifier(model)
+    assert (found, head.nesting_list[-1], head.num_classes) == (name, width, 3)
+
+
+@pytest.mark.parametrize("arguments, said", [({"arch": "resnet51"}, "unknown architecture 'resnet51'"),
+                                             ({"head": "mlr"}, "unknown head 'mlr'"),
+                                             ({"head": "ff4096"}, "more than the 2048 features"),
+                                             ({"head": "ff8", "nesting_list": [16]}, "one size 8"),
+                                             ({"arch": "squeezenet1_0"}, "does not end in a linear classifier")])
+def test_what_cannot_be_built(arguments, said):
+    with torch.device("meta"), pytest.raises(InputError, match=said):
+        build_model(**arguments)
+
+
+def test_names():
+    names = [MRL.model_name(tiny(head).spec) for head in ("mrl", "mrl_e", "ff16")]
+    assert names == ["mrl1_e0_ff512", "mrl1_e1_ff512", "mrl0_e0_ff16"]
+
+
+# ---- reading checkpoints
+
+@pytest.mark.parametrize("head", ["mrl", "mrl_e", "ff16"])
+@pytest.mark.parametrize("prefix, wrapper", [("", None), ("module.", "model"), ("_orig_mod.module.", "state_dict")])
+def test_a_run_needs_only_its_path(tmp_path, head, prefix, wrapper):
+    model = tiny(head, nesting_list=None if head == "ff16" else [4, 512])
+    state = {prefix + k: v for k, v in model.state_dict().items()}
+    loaded = load_model(saved(model, tmp_path, params=True, state={wrapper: state} if wrapper else state))
+    assert loaded.spec == model.spec and not loaded.training
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+
+
+def test_shapes_show_sizes_classes_and_blurpool(tmp_path):
+    model = tiny("mrl", nesting_list=[4, 512], blurpool=False)
+    assert load_model(saved(model, tmp_path), arch="resnet18").spec == model.spec
+
+
+@pytest.mark.parametrize("head, given, said", [
+    ("mrl", {}, "give arch"),
+    ("mrl_e", {"arch": "resnet18"}, "give nesting_list"),
+    ("mrl", {"arch": "resnet18", "head": "ff512"}, "head=ff512 was asked for, the file holds mrl"),
+    ("mrl", {"arch": "resnet18", "nesting_list": [8]}, "was asked for, the file holds"),
+    ("mrl", {"arch": "resnet34"}, "does not fit resnet34"),
+    ("ff16", {"arch": "resnet18", "old_ckpt": True}, "give head"),
+    ("ff16", {"arch": "resnet18", "head": "mrl_e", "nesting_list": [8, 512]}, "needs old_ckpt"),
+])
+def test_what_a_bare_file_leaves_open_is_an_error(tmp_path, head, given, said):
+    with pytest.raises(InputError, match=said):
+        load_model(saved(tiny(head), tmp_path), **given)
+
+
+def test_flags_that_contradict_params_json(tmp_path):
+    with pytest.raises(InputError, match=r"params.json beside it says mrl"):
+        load_model(saved(tiny(), tmp_path, params=True), head="mrl_e")
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch hostile_was_here",)
+
+
+def test_files_that_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny()
+    whole = saved(model, tmp_path).read_bytes()
+    broken = {k: v * float("nan") if k == "conv1.weight" else v for k, v in model.state_dict().items()}
+    cases = {"code.pt": ({"a": Hostile()}, "pickled code"), "nan.pt": (broken, "conv1.weight holds NaN"),
+             "list.pt": ([1, 2], "no state dict"), "empty_dict.pt": ({}, "no state dict")}
+    for name, (content, said) in cases.items():
+        torch.save(content, name)
+        with pytest.raises(InputError, match=said):
+            load_model(name, arch="resnet18")
+    for name, content in {"cut.pt": whole[:len(whole) // 2], "empty.pt": b"", "text.pt": b"hello"}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=name):
+            load_model(name, arch="resnet18")
+    with pytest.raises(InputError, match="No such file"):
+        load_model("missing.pt")
+    assert not (tmp_path / "hostile_was_here").exists()
+
+
+def test_replacing_leaves_nothing_half_written(tmp_path):
+    target = tmp_path / "a.npy"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), MRL.replacing(target) as path:
+        path.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+    with MRL.replacing(target) as path:
+        path.write_text("new")
+    assert target.read_text() == "new" and list(tmp_path.iterdir()) == [target]

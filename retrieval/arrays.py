@@ -1,0 +1,146 @@
+"""The arrays that retrieval reads, and the records that tell which embeddings an index or a list was made from.
+
+    xb = read_embeddings(embeddings_file("../inference", "1K", "train", "mrl"))      # [n, D], memory-mapped
+    yb = read_labels("../inference/1K_train_mrl1_e0_ff2048-y.npy", len(xb))          # [n] int64
+
+inference/ writes these files; stages.py reads them. A record is a JSON file beside an index or a list: fingerprints of
+the embeddings, and the settings. What has no record that fits is made again.
+"""
+import hashlib
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from MRL import InputError, replacing
+
+MODELS = {"mrl": "mrl1_e0", "mrl_e": "mrl1_e1", "ff": "mrl0_e0"}
+
+
+# ------------------------------------------------------------------------------------------------ embeddings
+
+def embeddings_files(folder, dataset, split, model):
+    """-> {size: path} of the -X.npy files of one model: one for MRL and MRL-E, one for each size of FF."""
+    if model not in MODELS:
+        raise InputError(f"unknown model {model!r}: {', '.join(MODELS)}")
+    # ImageNetV2 is a query set only; its database is ImageNet-1K's.
+    stem = f"{'1K' if (dataset, split) == ('V2', 'train') else dataset}_{split}_{MODELS[model]}_ff"
+    files = {}
+    for path in Path(folder).glob("*-X.npy"):
+        size = path.name.removeprefix(stem).removesuffix("-X.npy")
+        if path.name.startswith(stem) and size.isdigit():
+            files[int(size)] = path
+    if not files:
+        raise InputError(f"{Path(folder) / stem}<size>-X.npy: no such file; inference/pytorch_inference.py "
+                         "--retrieval writes it")
+    return dict(sorted(files.items()))
+
+
+def embeddings_file(folder, dataset, split, model, size=None):
+    """-> the -X.npy file that holds a representation size: the nested model's only file, or FF's file of that size."""
+    files = embeddings_files(folder, dataset, split, model)
+    if model == "ff" and size not in files:
+        raise InputError(f"{folder}: {dataset} {split} has fixed-feature embeddings of the sizes {list(files)}, "
+                         f"not {size}")
+    if model != "ff" and len(files) > 1:
+        raise InputError(f"{folder}: several files fit ({', '.join(p.name for p in files.values())}); keep one there")
+    return files[size] if model == "ff" else next(iter(files.values()))
+
+
+def read_embeddings(path):
+    """-> [n, D] float32 or float16, memory-mapped, if the file and the sidecar beside it are complete."""
+    X = read_array(path)
+    if X.ndim != 2 or 0 in X.shape or X.dtype not in (np.float32, np.float16):
+        raise InputError(f"{path}: must be float32 or float16 [N, D], is {X.dtype} {list(X.shape)}")
+    side = sidecar(path)
+    if not side.get("complete", True):
+        raise InputError(f"{path}: unfinished; run the same inference command again to complete it")
+    if (side.get("n", X.shape[0]), side.get("dim", X.shape[1])) != X.shape:
+        raise InputError(f"{path}: is {list(X.shape)}, but {sidecar_file(path).name} says "
+                         f"[{side.get('n')}, {side.get('dim')}]; write both again")
+    return X
+
+
+def read_array(path):
+    try:
+        return np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path}: not a complete .npy file ({str(error).splitlines()[0]})") from None
+
+
+def sidecar(path):
+    """What inference noted beside an -X.npy file: nesting_list, n, dim, complete, ...; empty where it noted nothing."""
+    return read_json(sidecar_file(path)) or {}
+
+
+def sidecar_file(path):
+    return Path(path).with_suffix(".json")
+
+
+def read_labels(path, n):
+    """-> [n] int64. The original's float16 [n, 1] files are read where float16 is exact.
+
+    float16 holds every integer up to 2048 and only every second one above, so 2049 was stored as 2048.
+    """
+    y = read_array(path)
+    if y.shape not in ((n,), (n, 1)):
+        raise InputError(f"{path}: {list(y.shape)} labels do not fit {n} embeddings; write both again")
+    y = np.asarray(y).reshape(-1)
+    if y.dtype == np.float16 and y.max() >= 2048:
+        raise InputError(f"{path}: float16 labels above 2047 have merged classes; write the labels again (int64)")
+    labels = y.astype(np.int64)
+    if not np.array_equal(labels, y):
+        raise InputError(f"{path}: labels must be whole numbers")
+    return labels
+
+
+def labels_file(embeddings):
+    return Path(f"{str(embeddings).removesuffix('-X.npy')}-y.npy")
+
+
+def fingerprint(path, X):
+    """What tells one embedding file from another, without reading all of it.
+
+    Shape, dtype, the time of writing, and a hash of up to 1,024 rows from first to last.
+    """
+    rows = np.unique(np.linspace(0, len(X) - 1, 1024).astype(int))
+    return {"file": Path(path).name, "shape": list(X.shape), "dtype": str(X.dtype),
+            "written_ns": Path(path).stat().st_mtime_ns, "rows": hashlib.sha256(X[rows].tobytes()).hexdigest()}
+
+
+# ------------------------------------------------------------------------------------------------ records
+
+def record_file(path):
+    return Path(f"{path}.json")
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError:
+        raise InputError(f"{path}: not JSON; delete it") from None
+
+
+def fits(path, wanted):
+    """Is `path` there, with a record that says everything in `wanted`?"""
+    record = read_json(record_file(path)) if Path(path).exists() else None
+    return record is not None and {key: record.get(key) for key in wanted} == json.loads(json.dumps(wanted))
+
+
+@contextmanager
+def recorded(path, record):
+    """A temporary path to write to; then it becomes `path`, with its record beside it.
+
+    The old record goes first: at no time does a record stand beside a file that it does not describe.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    record_file(path).unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        yield temporary
+    with replacing(record_file(path)) as temporary_record:
+        temporary_record.write_text(json.dumps(record, indent=1))

@@ -1,0 +1,80 @@
+"""What retrieval is judged by: accuracy from labels and neighbour lists, and cost in MFLOPs and measured time.
+
+    scores = retrieval_metrics(yb, yq, I, ks=[1, 10, 100])     # scores[1]["topk"] is the 1-NN accuracy (Table 2)
+    mflops_per_query(1281167, 16, [2048], [200])               # 20.908272
+
+yb [n] labels of the database, yq [q] of the queries, I [q, k] database rows, nearest first, -1 = none.
+retrieve.py and compute_metrics.ipynb read the numbers. All are fractions.
+"""
+import time
+
+import numpy as np
+
+from MRL import InputError
+
+KS = (10, 25, 50, 100)      # the original's
+QUERIES = 4096      # at a time: bounds the memory whatever the number of queries
+
+
+def retrieval_metrics(yb, yq, I, ks):
+    """-> {k: {"mAP", "precision", "recall", "topk"}}, means over the queries; r_j = 1 where neighbour j has the label.
+
+    mAP: (1/k) sum_{j<=k} r_j (1/j) sum_{l<=j} r_l, the paper's, divided by k and so 1 only if all k are right.
+    precision: sum_{j<=k} r_j / k. recall: sum_{j<=k} r_j / database images of the query's class (0 if there are none).
+    topk: 1 if any of the k is right; k = 1 is 1-NN accuracy. A -1 is a miss.
+    Neighbours at equal distance count in the order in which the list has them.
+    """
+    yb, yq, I, ks = np.asarray(yb), np.asarray(yq), np.asarray(I), sorted(set(ks))
+    check(yb, yq, I, ks)
+    sums, total = {k: np.zeros(4) for k in ks}, class_sizes(yb, yq)
+    for lo in range(0, len(I), QUERIES):
+        part = slice(lo, lo + QUERIES)
+        r = relevance(yb, yq[part], I[part, :ks[-1]])
+        hits = r.cumsum(1)                                                                  # [q, k]
+        precisions = (r * hits / np.arange(1, ks[-1] + 1)).cumsum(1)
+        for k in ks:
+            h = hits[:, k - 1]
+            sums[k] += [(precisions[:, k - 1] / k).sum(), (h / k).sum(), (h / total[part]).sum(), (h > 0).sum()]
+    return {k: dict(zip(("mAP", "precision", "recall", "topk"), (sums[k] / len(I)).tolist(), strict=True)) for k in ks}
+
+
+def check(yb, yq, I, ks):
+    if len(I) != len(yq) or not len(I):
+        raise InputError(f"{len(I)} neighbour lists do not fit {len(yq)} query labels")
+    if not ks or ks[0] < 1 or ks[-1] > I.shape[1]:
+        raise InputError(f"k={ks}: each must lie between 1 and the list's length, {I.shape[1]}")
+    if I.min() < -1 or I.max() >= len(yb):
+        raise InputError(f"the lists name rows up to {I.max()}, the database has {len(yb)} labels")
+
+
+def relevance(yb, yq, I):
+    """-> [q, k] bool: has the neighbour the query's label?"""
+    return (yb[I] == yq[:, None]) & (I >= 0)
+
+
+def class_sizes(yb, yq):
+    """-> [q] database images of each query's class; 1 where there are none, so that recall is 0 and not 0/0."""
+    classes, counts = np.unique(yb, return_counts=True)
+    place = np.searchsorted(classes, yq).clip(max=len(classes) - 1)
+    return np.where(classes[place] == yq, counts[place], 1)
+
+
+def mflops_per_query(n, retrieval_dim, rerank_dims=(), shortlists=()):
+    """Multiply-adds in 10^6, as the paper counts them: n distances at retrieval_dim, then each list at its size.
+
+    It is the cost of exact search; a graph (HNSW) visits only a part of the n. Re-ranking at a size that is not
+    above the one before is counted too: the work is done.
+    """
+    stages = zip(shortlists, rerank_dims, strict=True)
+    return (n * retrieval_dim + sum(k * dim for k, dim in stages)) / 1e6
+
+
+def milliseconds(answer, queries, seconds=1.0):
+    """-> median time of answer(i) for one query at a time, i = 0, 1, ...: up to 100 queries, or `seconds`."""
+    answer(0)                                             # the first call compiles, loads and warms up
+    times, started = [], time.perf_counter()
+    while len(times) < min(queries, 100) and (not times or time.perf_counter() - started < seconds):
+        begun = time.perf_counter()
+        answer(len(times))
+        times.append(time.perf_counter() - begun)
+    return 1000 * float(np.median(times))

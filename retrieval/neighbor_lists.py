@@ -1,0 +1,117 @@
+"""Neighbour lists as files: their names, the original's spelling among them, and how they are read and written.
+
+    file = list_file(".", Recipe("exactl2", 16, 2048), "1K", "mrl")   # neighbors/mrl/exactl2_16dim_2048shortlist_1K.npy
+    I = read_list(file, n=1281167, q=50000)                           # [q, k], -1 = none
+
+stages.py writes them with what neighbors.py and rerank.py find, and reads them again to re-rank and to judge.
+"""
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from arrays import fits, read_array, read_json, record_file, recorded
+from tqdm import tqdm
+
+from MRL import InputError, replacing
+
+
+class Recipe(NamedTuple):
+    """How a list of neighbours is made: search k at retrieval_dim, then re-rank at each size, keeping ever fewer."""
+    index: str
+    retrieval_dim: int
+    k: int
+    rerank_dims: tuple = ()
+    shortlists: tuple = ()
+
+
+NAMES = (r"(?P<index>[a-z0-9]+)_(?P<retrieval_dim>\d+)dim_(?P<k>\d+)shortlist_(?P<dataset>.+)",
+         r"(?P<retrieval_dim>\d+)dim-reranked(?P<rerank_dims>\d+)_(?P<shortlists>\d+)shortlist"
+         r"_(?P<dataset>.+)_(?P<index>[a-z0-9]+)",
+         r"(?P<retrieval_dim>\d+)dim-cascade\[(?P<rerank_dims>[\d, ]+)\]_shortlist\[(?P<shortlists>[\d, ]+)\]"
+         r"_(?P<dataset>.+)_(?P<index>[a-z0-9]+)")
+
+
+def list_file(folder, recipe, dataset, model, ending=".npy"):
+    """-> the path of a list, under the original's name (without its spaces)."""
+    index, dim, k, rerank_dims, shortlists = recipe
+    if not rerank_dims:
+        name = f"{model}/{index}_{dim}dim_{k}shortlist_{dataset}"
+    elif len(rerank_dims) == 1:
+        name = f"reranked/{model}/{dim}dim-reranked{rerank_dims[0]}_{shortlists[0]}shortlist_{dataset}_{index}"
+    else:
+        dims, lengths = ",".join(map(str, rerank_dims)), ",".join(map(str, shortlists))
+        name = f"funnel_retrieval/{model}/{dim}dim-cascade[{dims}]_shortlist[{lengths}]_{dataset}_{index}"
+    return Path(folder) / "neighbors" / f"{name}{ending}"
+
+
+def parse_list_file(path):
+    """-> (recipe, dataset) that a list's name tells, in our spelling or the original's; None if it tells none."""
+    for pattern in NAMES:
+        if match := re.fullmatch(pattern + r"\.(npy|csv)", Path(path).name):
+            found = match.groupdict()
+            stages = [tuple(int(d) for d in found.get(key, "").replace(",", " ").split())
+                      for key in ("rerank_dims", "shortlists")]
+            k = int(found.get("k") or stages[1][0])
+            return Recipe(found["index"], int(found["retrieval_dim"]), k, *stages), found["dataset"]
+    return None
+
+
+def list_files(folder, dataset, model):
+    """-> {path: recipe} of all lists of a data set and model, our names and the original's, .npy before .csv."""
+    found = {}
+    for kind in ("", "reranked", "funnel_retrieval"):
+        for path in sorted((Path(folder) / "neighbors" / kind / model).glob("[!.]*.[nc][ps][yv]"), reverse=True):
+            recipe, its_dataset = parse_list_file(path) or (None, None)
+            if its_dataset == dataset and recipe not in found.values():
+                found[path] = recipe
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def read_list(path, n, q):
+    """-> I [q, k] of database rows (-1 = none) from .npy or the original's header-less CSV."""
+    I = read_csv(path) if str(path).endswith(".csv") else read_array(path)
+    if I.ndim != 2 or len(I) != q or not np.issubdtype(I.dtype, np.integer):
+        raise InputError(f"{path}: must hold integers [{q}, k], holds {I.dtype} {list(I.shape)}")
+    if I.min() < -1 or I.max() >= n:
+        raise InputError(f"{path}: names row {I.max() if I.max() >= n else I.min()} of a database of {n}; "
+                         "it was made from other embeddings")
+    return I
+
+
+def read_csv(path):
+    try:
+        return np.loadtxt(path, dtype=np.int64, delimiter=",", ndmin=2).astype(np.int32)
+    except ValueError as error:
+        raise InputError(f"{path}: not a CSV of integers without a header ({error})") from None
+
+
+def write_list(path, record, shape, find, chunk, **measured):
+    """Make a list in chunks of queries; an interrupted run goes on with the first chunk not yet done.
+
+    find(lo, hi) -> I [hi - lo, k] for those queries. shape: (q, k). path ends in .npy (int32) or .csv.
+    The record gets `measured`, and the seconds that find took over all runs.
+    """
+    partial = path.with_name(f".{path.name}.partial.npy")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    state = read_json(record_file(partial)) if fits(partial, record) else record | {"done": 0, "seconds": 0.0}
+    I = np.lib.format.open_memmap(partial, "r+" if state["done"] else "w+", np.int32, shape)
+    with tqdm(total=shape[0], initial=state["done"], desc=path.name, unit="query", delay=2, leave=False) as bar:
+        for lo in range(state["done"], shape[0], chunk):
+            hi, started = min(lo + chunk, shape[0]), time.perf_counter()
+            I[lo:hi] = find(lo, hi)
+            state = state | {"done": hi, "seconds": state["seconds"] + time.perf_counter() - started}
+            I.flush()
+            with replacing(record_file(partial)) as temporary:
+                temporary.write_text(json.dumps(state))
+            bar.update(hi - lo)
+    with recorded(path, record | measured | {"seconds": state["seconds"]}) as temporary:
+        if path.suffix == ".csv":
+            np.savetxt(temporary, I, fmt="%d", delimiter=",")
+        else:
+            os.replace(partial, temporary)
+    partial.unlink(missing_ok=True)
+    record_file(partial).unlink()

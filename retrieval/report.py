@@ -1,0 +1,155 @@
+"""The paper's retrieval study on one data set: all sizes, the adaptive grid, the funnels -> a CSV and two pictures.
+
+    table = report(Task(dataset="1K", model="mrl"))      # -> report/1K_mrl_report.csv, _size.png, _cost.png
+
+Reads embeddings through stages.py, which keeps every list it makes, so that an interrupted report goes on. Beside
+ImageNet-1K and -4K results stand the paper's own (paper_curves.csv: tables 2, 8, 10-14 and figure 8).
+"""
+from itertools import combinations
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from metrics import KS
+from neighbors import NoDirectionError
+from stages import all_sizes, open_data, open_labels, reranked, score, searched
+
+from MRL import replacing
+
+PAPER = Path(__file__).with_name("paper_curves.csv")
+IMAGENET_CLASSES = {"1K": 1000, "4K": 4202}
+STYLES = [{"linestyle": "-", "marker": "o"}, {"linestyle": "--", "marker": "o", "fillstyle": "none"},
+          {"linestyle": ":", "marker": "o", "fillstyle": "right"}]                       # one for each index
+METHODS = {"single-shot": ("C0", "o", 6), "adaptive": ("C1", "D", 4), "funnel": ("C2", "*", 11)}
+MODEL_NAMES = {"mrl": "MRL", "mrl_e": "MRL-E", "ff": "FF"}
+LONG, SHORT = (800, 400, 200, 50, 10), (200, 100, 50, 25, 10)
+# The place of the first size among all sizes, and the lengths of the lists (tables 13 and 14).
+FUNNELS = {"4K": [(2, LONG), (3, LONG)], "others": [(0, LONG), (1, SHORT), (2, SHORT)]}
+
+
+def report(task, indexes=("exactl2",), sizes=None, shortlist=200, ks=KS):
+    """-> a table, one row for each way of retrieving; also written, with its pictures, to <output>/report/.
+
+    sizes: None is all that inference noted. shortlist: of the adaptive grid. ks: of the metrics.
+    """
+    rows = [score(task, file, ks) for index in indexes
+            for file in lists(task._replace(index=index), sizes, shortlist, ks)]
+    table, paper = pd.DataFrame(rows), paper_table(task)
+    write_table(table, report_file(task, "report.csv"))
+    save(draw_sizes(table, paper, task), report_file(task, "size.png"))
+    save(draw_costs(table, paper, task), report_file(task, "cost.png"))
+    return table
+
+
+def report_file(task, ending):
+    path = Path(task.output) / "report" / f"{task.dataset}_{task.model}_{ending}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_table(table, path):
+    with replacing(path) as temporary:
+        table.to_csv(temporary, index=False)
+
+
+def lists(task, sizes, shortlist, ks):
+    """Yield the files of all lists of the study, made where they are not there."""
+    n = len(open_data(task, min(sizes or all_sizes(task))).xb)
+    shortlist = min(shortlist, n)
+    length = max(shortlist, *(min(k, n) for k in ks))
+    done = dict(single_shot(task, sizes, length))
+    yield from done.values()
+    if task.model != "ff":
+        for recipe in recipes(list(done), task.dataset, shortlist, n):
+            yield reranked(task, *recipe)
+
+
+def single_shot(task, sizes, k):
+    """Yield (size, file). A size of the default ones at which some vector is zero is left out, and said so."""
+    for size in sizes or all_sizes(task):
+        try:
+            yield size, searched(task, size, k)
+        except NoDirectionError as error:
+            if sizes:
+                raise
+            print(f"size {size} left out: {error}")
+
+
+def recipes(sizes, dataset, shortlist, n):
+    """-> (retrieval_dim, rerank_dims, shortlists) of the adaptive grid (tables 11, 12) and the funnels (13, 14)."""
+    grid = [(small, (large,), (shortlist,)) for small, large in combinations(sizes, 2)]
+    funnels = []
+    for place, lengths in FUNNELS.get(dataset, FUNNELS["others"]):
+        dims = tuple(dict.fromkeys([*sizes[place + 1:place + 5], sizes[-1]]))
+        if len(dims) > 1 and place + 1 < len(sizes):
+            funnels.append((sizes[place], dims, tuple(min(k, n) for k in lengths[-len(dims):])))
+    return grid + funnels
+
+
+def in_per_cent(table):
+    """-> the table as people read it: accuracies in per cent, the metrics of the largest ks left to the CSV."""
+    shown = [c for c in table.columns if "@" not in c or c in ("mAP@10", "precision@10", "recall@10")]
+    fractions = {c: 100 * table[c] for c in shown if c == "top1" or "@" in c}
+    return table.assign(**fractions)[shown].to_string(index=False, na_rep="", float_format="{:.4g}".format)
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+def paper_table(task):
+    """-> the paper's rows for this data set and model; none where the labels are not ImageNet-1K's or -4K's classes."""
+    paper = pd.read_csv(PAPER, dtype={"rerank_dims": str}, keep_default_na=False, na_values={"top1": "", "mAP@10": ""})
+    yb, _ = open_labels(open_data(task, min(all_sizes(task))))
+    its_own = len(np.unique(yb)) == IMAGENET_CLASSES.get(task.dataset)
+    return paper[(paper.dataset == task.dataset) & (paper.model == task.model) & its_own]
+
+
+def draw_sizes(table, paper, task):
+    """mAP@10 against representation size (figure 7)."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for (index, rows), style in zip(table[table.method == "single-shot"].groupby("index"), STYLES, strict=False):
+        axes.plot(rows.retrieval_dim, 100 * rows["mAP@10"], label=f"{MODEL_NAMES[task.model]}, {index}", **style)
+    theirs = paper[paper.rerank_dims == ""]
+    if len(theirs):
+        axes.plot(theirs.retrieval_dim, 100 * theirs["mAP@10"], "x:", color="black", label="the paper's")
+    sizes = sorted({*table.retrieval_dim, *theirs.retrieval_dim})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set(xlabel="representation size", ylabel="mAP@10 (%)", title=f"{task.dataset}: single-shot retrieval")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def draw_costs(table, paper, task):
+    """mAP@10 against MFLOPs and against measured milliseconds for one query (figure 8)."""
+    figure, both = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
+    for axes, cost in zip(both, ("mflops", "ms_per_query"), strict=True):
+        for (index, rows), style in zip(table.groupby("index"), STYLES, strict=False):
+            draw_methods(axes, rows, cost, index, style)
+        axes.set_xscale("log")
+        axes.grid(alpha=0.3)
+    if len(paper):
+        both[0].plot(paper.mflops, 100 * paper["mAP@10"], "x", color="black", label="the paper's")
+    both[0].set(xlabel="MFLOPs per query", ylabel="mAP@10 (%)")
+    both[1].set(xlabel="milliseconds for one query, measured")
+    both[0].legend()
+    figure.suptitle(f"{task.dataset}, {MODEL_NAMES[task.model]}: single-shot (with its sizes), adaptive, funnel")
+    return figure
+
+
+def draw_methods(axes, table, cost, index, style):
+    for method, (color, marker, size) in METHODS.items():
+        rows = table[table.method == method]
+        line = style["linestyle"] if method == "single-shot" else "none"
+        axes.plot(rows[cost], 100 * rows["mAP@10"], color=color, label=f"{method}, {index}" if len(rows) else None,
+                  **style | {"linestyle": line, "marker": marker, "markersize": size})
+    for row in table[table.method == "single-shot"].itertuples():
+        axes.annotate(row.retrieval_dim, (getattr(row, cost), 100 * table.loc[row.Index, "mAP@10"]), fontsize=7,
+                      xytext=(4, -9), textcoords="offset points")
+
+
+def save(figure, path):
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,123 @@
+"""Adaptive and funnel retrieval (section 4.3.1, appendix F): shortlists re-ranked on longer prefixes.
+
+    I2 = rerank(xb, xq, I, rerank_dim=2048, shortlist=200)                                      # [q, 200]
+    I3 = funnel(xb, xq, I, [16, 32, 64, 128, 2048], [800, 400, 200, 50, 10])                    # [q, 10]
+
+xb [n, D] and xq [q, D] as in neighbors.py, which makes the list I [q, k]. Nothing is written to any of them. The
+database is visited in row order, each row straight from where it lies, so that a memory-mapped file is read once from
+front to back and needs no memory of its own. retrieve.py and reranking.ipynb write the new lists to files.
+"""
+from itertools import pairwise
+
+import numba
+import numpy as np
+from tqdm import tqdm
+
+from MRL import InputError
+
+PAIRS = 2 ** 20           # (query, candidate) pairs at a time
+HALF_PAIRS = 2 ** 14      # the same for float16 databases, whose rows are converted: 128 MiB of 2,048-d float32
+
+
+def rerank(xb, xq, I, rerank_dim, shortlist):
+    """-> [q, shortlist]: the first `shortlist` of each list, sorted by distance on the first rerank_dim numbers.
+
+    Candidates at equal distance keep the order of I; -1 comes last. Raises InputError for a size past the width, a
+    shortlist longer than I, row numbers past the database, and for zero or NaN vectors among the candidates.
+    """
+    check(xb, xq, I, rerank_dim, shortlist)
+    I = I[:, :shortlist]
+    order = np.argsort(-cosines(xb, xq, I, rerank_dim), axis=1, kind="stable")
+    return np.take_along_axis(I, order, 1)
+
+
+def funnel(xb, xq, I, rerank_dims, shortlists):
+    """-> [q, shortlists[-1]]: `rerank` at each size in turn, each on the survivors of the one before."""
+    if len(rerank_dims) != len(shortlists) or not len(shortlists):
+        raise InputError(f"a funnel needs as many sizes as shortlists, got {list(rerank_dims)} and {list(shortlists)}")
+    if any(b > a for a, b in pairwise(shortlists)):
+        raise InputError(f"the shortlists of a funnel must not grow: {list(shortlists)}")
+    for dim, shortlist in zip(rerank_dims, shortlists, strict=True):
+        I = rerank(xb, xq, I, dim, shortlist)
+    return I
+
+
+def check(xb, xq, I, dim, shortlist):
+    if xb.shape[1] != xq.shape[1] or not 1 <= dim <= xb.shape[1]:
+        raise InputError(f"size {dim} does not fit a database of {xb.shape[1]} and queries of {xq.shape[1]} dimensions")
+    if len(I) != len(xq) or not 1 <= shortlist <= I.shape[1]:
+        raise InputError(f"shortlist {shortlist} of {len(xq)} queries does not fit lists {list(I.shape)}")
+    if I.min() < -1 or I.max() >= len(xb):
+        raise InputError(f"the lists name rows from {I.min()} to {I.max()}, the database has {len(xb)}")
+
+
+def cosines(xb, xq, I, dim):
+    """-> [q, s] float32 cosine of each query and candidate on the first dim numbers; -inf where I is -1."""
+    candidates, xq = I.ravel(), plain(np.asarray(xq, np.float32))
+    refuse(~(np.einsum("qd,qd->q", xq[:, :dim], xq[:, :dim]) > 0), np.arange(len(xq)), "the queries", dim)
+    values = np.full(candidates.size, -np.inf, np.float32)
+    pairs = in_row_order(candidates, len(xb))
+    step = PAIRS if xb.dtype == np.float32 else HALF_PAIRS
+    for lo in tqdm(range(0, len(pairs), step), desc="re-ranking", delay=2, leave=False):
+        part = pairs[lo:lo + step]
+        x, rows = as_float32(xb, candidates[part], dim)
+        values[part] = pair_cosines(x, rows, xq, part // I.shape[1], dim)
+    refuse(~np.isfinite(values[pairs]), candidates[pairs], "the database", dim)
+    return values.reshape(I.shape)
+
+
+def refuse(bad, rows, what, dim):
+    if bad.any():
+        raise InputError(f"{what}: row {rows[bad.argmax()]} is zero or not finite in its first {dim} numbers; "
+                         "leave it out or use a larger size")
+
+
+def in_row_order(candidates, n):
+    """-> the positions of all candidates but -1, by database row to within n / 65,536 rows.
+
+    65,536 because numpy sorts 16-bit keys several times faster than others.
+    """
+    buckets = (candidates // -(-n // 65536)).astype(np.uint16)
+    order = np.argsort(buckets, kind="stable")
+    return order[candidates[order] >= 0] if candidates.min() < 0 else order
+
+
+def as_float32(xb, rows, dim):
+    """-> (float32 array, row numbers in it): xb itself where it is float32, else a copy of the rows needed."""
+    if xb.dtype == np.float32:
+        return plain(xb), rows
+    distinct, places = np.unique(rows, return_inverse=True)
+    return plain(xb[distinct, :dim].astype(np.float32)), places
+
+
+def plain(x):
+    """A read-only plain view: whatever the caller holds, the kernel is compiled once."""
+    view = np.asarray(x).view()
+    view.flags.writeable = False
+    return view
+
+
+@numba.njit(parallel=True, fastmath={"reassoc", "contract"}, cache=True)
+def pair_cosines(xb, rows, xq, queries, dim):
+    """-> [pairs] products of xb[rows] and xq[queries] on the first dim numbers, by the length of xb's: cosines up to
+    the query's length, which does not change a query's order. Four pairs at a time hide the wait for memory."""
+    cosine = np.empty(len(rows), np.float32)
+    last = len(rows) - 1
+    for group in numba.prange((len(rows) + 3) // 4):
+        p0 = 4 * group
+        p1, p2, p3 = min(p0 + 1, last), min(p0 + 2, last), min(p0 + 3, last)
+        x0, x1, x2, x3 = xb[rows[p0]], xb[rows[p1]], xb[rows[p2]], xb[rows[p3]]
+        q0, q1, q2, q3 = xq[queries[p0]], xq[queries[p1]], xq[queries[p2]], xq[queries[p3]]
+        s0 = s1 = s2 = s3 = n0 = n1 = n2 = n3 = np.float32(0)
+        for j in range(dim):
+            s0 += x0[j] * q0[j]
+            s1 += x1[j] * q1[j]
+            s2 += x2[j] * q2[j]
+            s3 += x3[j] * q3[j]
+            n0 += x0[j] * x0[j]
+            n1 += x1[j] * x1[j]
+            n2 += x2[j] * x2[j]
+            n3 += x3[j] * x3[j]
+        cosine[p0], cosine[p1] = s0 / np.sqrt(n0), s1 / np.sqrt(n1)
+        cosine[p2], cosine[p3] = s2 / np.sqrt(n2), s3 / np.sqrt(n3)
+    return cosine

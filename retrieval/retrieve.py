@@ -1,0 +1,143 @@
+"""Image retrieval from the command line: embeddings in; neighbour lists, tables and pictures out.
+
+    python retrieve.py search  --dataset 1K --model mrl --sizes 8 16 2048                    # neighbors/mrl/
+    python retrieve.py rerank  --retrieval_dim 16 --rerank_dims 2048 --shortlist 200         # neighbors/reranked/mrl/
+    python retrieve.py funnel  --retrieval_dim 8 --rerank_dims 16 32 64 128 2048 --shortlists 800 400 200 50 10
+    python retrieve.py metrics                                                               # all lists of the data set
+    python retrieve.py report                                          # all sizes, adaptive grid, funnels: report/
+    python retrieve.py index   --retrieval_dim 16 --index hnsw32       # adaptive retrieval as one index, to serve from
+
+Reads {1K|V2|4K|<name>}_{train|val}_{model}-X.npy and -y.npy from --embeddings (train: the database, val: the queries;
+V2's database is 1K's). What is there and fits the embeddings is used again, and an interrupted command goes on where it
+stopped. The notebooks call the same functions (stages.py).
+"""
+import argparse
+
+import pandas as pd
+from arrays import MODELS
+from metrics import KS
+from neighbor_lists import list_files
+from neighbors import INDEXES
+from report import in_per_cent, report, report_file, write_table
+from stages import Task, all_sizes, reranked, score, searched, serving_index
+
+from MRL import command_line
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (run, add) in COMMANDS.items():
+        command = commands.add_parser(name, help=run.__doc__.splitlines()[0])
+        command.set_defaults(run=run)
+        add_common(command, several_indexes=name == "report")
+        add(command)
+    return parser
+
+
+def add_common(command, several_indexes):
+    default = Task()
+    add = command.add_argument
+    add("--embeddings", default=default.embeddings, help="folder of the -X.npy and -y.npy files (%(default)s)")
+    add("--output", default=default.output, help="folder for index_files/, neighbors/, report/ (this one)")
+    add("--dataset", default=default.dataset, help="1K, V2, 4K or another name that the files begin with (%(default)s)")
+    add("--model", default=default.model, choices=MODELS, help="(%(default)s)")
+    add("--index", default=[default.index] if several_indexes else default.index, choices=INDEXES,
+        nargs="+" if several_indexes else None, help="of the first stage (%(default)s)")
+    add("--csv", action="store_true", help="lists as header-less CSV, the original's format, not .npy")
+    add("--memory_gb", type=float, default=default.memory_gb,
+        help="of vectors held at once; a larger exact search reads the file in blocks (%(default)s)")
+    add("--device", default=default.device, choices=("auto", "cpu", "cuda"), help="for exact search (%(default)s)")
+
+
+def add_search(command):
+    command.add_argument("--sizes", type=int, nargs="+", help="default: all")
+    command.add_argument("--k", type=int, help="neighbours a query (2048, or all of a smaller database)")
+
+
+def add_rerank(command):
+    command.add_argument("--retrieval_dim", type=int, required=True, help="size of the first stage: D_s")
+    command.add_argument("--rerank_dims", type=int, nargs="+", required=True, help="to re-rank at, each alone: D_r")
+    command.add_argument("--shortlist", type=int, default=200, help="candidates re-ranked (%(default)s)")
+    add_k(command)
+
+
+def add_funnel(command):
+    command.add_argument("--retrieval_dim", type=int, required=True, help="size of the first stage: D_s")
+    command.add_argument("--rerank_dims", type=int, nargs="+", required=True, help="to re-rank at, one after another")
+    command.add_argument("--shortlists", type=int, nargs="+", required=True, action="append",
+                         help="candidates kept at each of them; give the flag again for another funnel")
+    add_k(command)
+
+
+def add_k(command):
+    command.add_argument("--k", type=int, help="length of the list to begin with (as long as needed)")
+
+
+def add_metrics(command):
+    command.add_argument("lists", nargs="*", help=".npy or .csv files (all of the data set and model in neighbors/)")
+    command.add_argument("--ks", type=int, nargs="+", default=KS, help="(10 25 50 100)")
+
+
+def add_report(command):
+    command.add_argument("--sizes", type=int, nargs="+", help="default: all")
+    command.add_argument("--shortlist", type=int, default=200, help="of the adaptive grid (%(default)s)")
+
+
+def add_index(command):
+    command.add_argument("--retrieval_dim", type=int, required=True)
+    command.add_argument("--rerank_dim", type=int, help="default: the full width")
+    command.add_argument("--shortlist", type=int, default=200, help="candidates re-ranked for k = 10 (%(default)s)")
+    command.add_argument("--storage", default="float32", choices=("float32", "float16"), help="(%(default)s)")
+
+
+def search_command(task, args):
+    """the k nearest neighbours at each size"""
+    for size in args.sizes or all_sizes(task):
+        print(searched(task, size, args.k))
+
+
+def rerank_command(task, args):
+    """adaptive retrieval: a shortlist re-ranked at a larger size"""
+    for dim in args.rerank_dims:
+        print(reranked(task, args.retrieval_dim, [dim], [args.shortlist], args.k))
+
+
+def funnel_command(task, args):
+    """funnel retrieval: ever shorter lists re-ranked at ever larger sizes"""
+    for shortlists in args.shortlists:
+        print(reranked(task, args.retrieval_dim, args.rerank_dims, shortlists, args.k))
+
+
+def metrics_command(task, args):
+    """mAP, precision, recall, top-k, MFLOPs and time of neighbour lists"""
+    files = args.lists or list_files(task.output, task.dataset, task.model)
+    table = pd.DataFrame([score(task, file, args.ks) for file in files])
+    print(in_per_cent(table))
+    write_table(table, report_file(task, "metrics.csv"))
+
+
+def report_command(task, args):
+    """the paper's study: all sizes, the adaptive grid, the funnels; tables and pictures"""
+    print(in_per_cent(report(task, args.index, args.sizes, args.shortlist)))
+
+
+def index_command(task, args):
+    """adaptive retrieval as one FAISS index, to serve from"""
+    print(serving_index(task, args.retrieval_dim, args.rerank_dim, args.shortlist, args.storage)[0])
+
+
+COMMANDS = {"search": (search_command, add_search), "rerank": (rerank_command, add_rerank),
+            "funnel": (funnel_command, add_funnel), "metrics": (metrics_command, add_metrics),
+            "report": (report_command, add_report), "index": (index_command, add_index)}
+
+
+def main():
+    args = arguments().parse_args()
+    task = Task(**{name: getattr(args, name) for name in Task._fields if name != "index"},
+                index=args.index if isinstance(args.index, str) else args.index[0])
+    args.run(task, args)
+
+
+if __name__ == "__main__":
+    command_line(main)

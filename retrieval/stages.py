@@ -1,0 +1,197 @@
+"""Each stage of retrieval, from files to files: search, re-rank, judge, build an index to serve from.
+
+    task = Task(dataset="1K", model="mrl")
+    searched(task, retrieval_dim=16, k=200)                       # -> neighbors/mrl/exactl2_16dim_200shortlist_1K.npy
+    reranked(task, 16, rerank_dims=[2048], shortlists=[200])      # -> neighbors/reranked/mrl/...
+    score(task, file)                                             # -> one row of a table
+
+A list that is there and fits the embeddings is not made again. retrieve.py (the command line), report.py and the
+notebooks call these functions.
+"""
+from pathlib import Path
+from typing import NamedTuple
+
+import neighbors
+import numpy as np
+from arrays import (
+    embeddings_file,
+    embeddings_files,
+    fingerprint,
+    fits,
+    labels_file,
+    read_embeddings,
+    read_json,
+    read_labels,
+    record_file,
+    sidecar,
+)
+from metrics import KS, mflops_per_query, milliseconds, retrieval_metrics
+from neighbor_lists import Recipe, list_file, parse_list_file, read_list, write_list
+from rerank import funnel
+
+from MRL import InputError, default_nesting_list
+
+SEARCH_QUERIES = 8192             # a chunk of a search: what an interruption can lose
+RERANK_CANDIDATES = 2 ** 24       # a chunk of a re-ranking: each chunk goes through the database file once
+UNKNOWN = {"seconds": np.nan, "ms": np.nan}       # what it took to make a list that has no record
+
+
+class Task(NamedTuple):
+    """What all commands and notebooks set."""
+    embeddings: str = "../inference"     # folder of the -X.npy and -y.npy files
+    output: str = "."                    # folder for index_files/, neighbors/ and report/
+    dataset: str = "1K"
+    model: str = "mrl"                   # mrl, mrl_e or ff
+    index: str = "exactl2"               # exactl2, hnsw32 or hnsw8
+    csv: bool = False                    # lists as header-less CSV, the original's format
+    memory_gb: float = neighbors.MEMORY_GB
+    device: str = "auto"
+
+
+class Data(NamedTuple):
+    """The embeddings that hold one representation size."""
+    xb: np.ndarray                       # [n, D] database, memory-mapped
+    xq: np.ndarray                       # [q, D] queries
+    record: dict                         # their fingerprints
+    files: tuple                         # their paths
+
+
+def open_data(task, size):
+    files = [embeddings_file(task.embeddings, task.dataset, split, task.model, size) for split in ("train", "val")]
+    xb, xq = map(read_embeddings, files)
+    if xb.shape[1] != xq.shape[1]:
+        raise InputError(f"{files[1]}: {xq.shape[1]} dimensions, the database {files[0].name} has {xb.shape[1]}")
+    if size > xb.shape[1]:
+        raise InputError(f"{files[0]}: has {xb.shape[1]} dimensions, size {size} is past them")
+    return Data(xb, xq, {"database": fingerprint(files[0], xb), "queries": fingerprint(files[1], xq)}, files)
+
+
+def open_labels(data):
+    """-> yb [n], yq [q]."""
+    return tuple(read_labels(labels_file(path), len(x)) for path, x in zip(data.files, (data.xb, data.xq), strict=True))
+
+
+def all_sizes(task):
+    """-> FF: the sizes there are files of. MRL, MRL-E: those inference noted, else 8, 16 ... up to the width."""
+    files = embeddings_files(task.embeddings, task.dataset, "train", task.model)
+    if task.model == "ff":
+        return list(files)
+    path = embeddings_file(task.embeddings, task.dataset, "train", task.model)
+    return sidecar(path).get("nesting_list") or default_nesting_list(read_embeddings(path).shape[1])
+
+
+# ------------------------------------------------------------------------------------------------ lists
+
+def searched(task, retrieval_dim, k=None):
+    """-> the file of the k nearest neighbours at a size, made if it is not there. k: 2,048, or all of a smaller set."""
+    data = open_data(task, retrieval_dim)
+    neighbors.check_sizes(data.xb, retrieval_dim, task.index)
+    k = min(2048, len(data.xb)) if k is None else k
+    neighbors.check_queries(data.xb, data.xq, k)
+
+    def prepare():
+        find = neighbors.searcher(data.xb, retrieval_dim, task.index, *index_file(task, data, retrieval_dim),
+                                  task.device, task.memory_gb)
+        return lambda lo, hi: find(data.xq[lo:hi], k)[1]
+
+    return there_or_made(task, data, Recipe(task.index, retrieval_dim, k), (len(data.xq), k), prepare, SEARCH_QUERIES)
+
+
+def reranked(task, retrieval_dim, rerank_dims, shortlists, k=None):
+    """-> the file of the list at retrieval_dim re-ranked at each of rerank_dims, keeping ever fewer.
+
+    k: the length of the list to begin with; as long as needed when None.
+    """
+    if task.model == "ff":
+        raise InputError("fixed features of two sizes come from two models: re-ranking needs mrl or mrl_e")
+    rerank_dims, shortlists = tuple(rerank_dims), tuple(shortlists)
+    source = searched(task, retrieval_dim, k or shortlists[0])
+    data = open_data(task, max((retrieval_dim, *rerank_dims)))
+    I = read_list(source, len(data.xb), len(data.xq))
+    before = read_json(record_file(source)) or UNKNOWN
+
+    def prepare():
+        return lambda lo, hi: funnel(data.xb, data.xq[lo:hi], I[lo:hi], rerank_dims, shortlists)
+
+    recipe = Recipe(task.index, retrieval_dim, k or shortlists[0], rerank_dims, shortlists)
+    return there_or_made(task, data, recipe, (len(data.xq), shortlists[-1]), prepare,
+                         max(1, RERANK_CANDIDATES // shortlists[0]), before)
+
+
+def there_or_made(task, data, recipe, shape, prepare, chunk, before=None):
+    """The file of a list: there and fitting, else made, with the measured time (and that of the list before it)."""
+    record = data.record | recipe._asdict()
+    for ending in (".csv",) if task.csv else (".npy", ".csv"):
+        for file in spellings(list_file(task.output, recipe, task.dataset, task.model, ending)):
+            if usable(file, record):
+                return file
+    find = prepare()
+    file = list_file(task.output, recipe, task.dataset, task.model, ".csv" if task.csv else ".npy")
+    ms = milliseconds(lambda i: find(i, i + 1), shape[0])
+    write_list(file, record, shape, find, chunk, ms=ms, before=before and {key: before[key] for key in UNKNOWN})
+    return file
+
+
+def spellings(file):
+    """Our name and the original's, which has spaces in its lists."""
+    return {file, file.with_name(file.name.replace(",", ", "))}
+
+
+def usable(file, record):
+    """Does a list fit the embeddings? One without a record (the original's) must be younger than they are."""
+    if not file.exists():
+        return False
+    if record_file(file).exists():
+        return fits(file, record)
+    return file.stat().st_mtime_ns >= max(record[of]["written_ns"] for of in ("database", "queries"))
+
+
+def index_file(task, data, dim, suffix=""):
+    """-> (path of a built index, under the original's name; what it must have been made from)."""
+    database = "1K" if task.dataset == "V2" else task.dataset
+    return (Path(task.output) / "index_files" / task.model / f"{database}_{dim}dim_{task.index}{suffix}.index",
+            {"database": data.record["database"], "index": task.index, "retrieval_dim": dim})
+
+
+def serving_index(task, retrieval_dim, rerank_dim=None, shortlist=200, storage="float32"):
+    """-> (file, index): adaptive retrieval as one FAISS index, built if it is not there."""
+    data = open_data(task, rerank_dim or retrieval_dim)
+    rerank_dim = rerank_dim or data.xb.shape[1]
+    stages = {"rerank_dim": rerank_dim, "shortlist": shortlist, "storage": storage}
+    file, record = index_file(task, data, retrieval_dim, f"-reranked{rerank_dim}_{shortlist}shortlist_{storage}")
+    return file, neighbors.adaptive_index(data.xb, retrieval_dim, rerank_dim, task.index, shortlist, storage,
+                                          file, record | stages)
+
+
+# ------------------------------------------------------------------------------------------------ scores
+
+def score(task, file, ks=KS):
+    """-> one row of a table: what a list is, its accuracy (fractions), its cost. ks past its end are left out."""
+    recipe, _ = parse_list_file(file) or (None, None)
+    if recipe is None:
+        raise InputError(f"{file}: the name of a neighbour list says how it was made; this one does not")
+    data = open_data(task, max((recipe.retrieval_dim, *recipe.rerank_dims)))
+    if not usable(file, data.record):
+        raise InputError(f"{file}: made from other embeddings than those in {task.embeddings}; make it again")
+    I = read_list(file, len(data.xb), len(data.xq))
+    scores = retrieval_metrics(*open_labels(data), I, [1, *(k for k in ks if k <= I.shape[1])])
+    return describe(recipe, len(data.xb)) | flat(scores) | measured(file, len(I))
+
+
+def describe(recipe, n):
+    method = ("single-shot", "adaptive", "funnel")[min(len(recipe.rerank_dims), 2)]
+    return {"method": method, "index": recipe.index, "retrieval_dim": recipe.retrieval_dim,
+            "rerank_dims": ",".join(map(str, recipe.rerank_dims)), "shortlists": ",".join(map(str, recipe.shortlists)),
+            "mflops": mflops_per_query(n, recipe.retrieval_dim, recipe.rerank_dims, recipe.shortlists)}
+
+
+def flat(scores):
+    return {"top1": scores.pop(1)["topk"]} | {f"{name}@{k}": value for k, by_name in scores.items()
+                                              for name, value in by_name.items()}
+
+
+def measured(file, queries):
+    """-> queries/s in batch and milliseconds for one query, searching and re-ranking together."""
+    record = read_json(record_file(file)) or UNKNOWN
+    seconds, ms = (record[key] + (record.get("before") or {key: 0})[key] for key in ("seconds", "ms"))
+    return {"queries_per_s": queries / seconds, "ms_per_query": ms}

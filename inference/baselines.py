@@ -1,79 +1,154 @@
-"""Accuracy of dumped embeddings per size, beside which the paper's Tables 1, 2 and 15 put MRL.
+"""What MRL is compared with, from dumped embeddings: a table per size, and the same as JSON.
 
-    python baselines.py knn --arrays arrays/ --model mrl1_e0_ff2048                    1-nearest-neighbour (Table 2)
+    python baselines.py knn --model mrl1_e0_ff2048            1-nearest-neighbour accuracy                     Table 2
+    python baselines.py lp  --model mrl0_e0_ff2048            a linear classifier refitted on the first d
+                                                              features of an FF model ("Rand. LP")             Table 1
+    python baselines.py svd --model mrl0_e0_ff2048 --path <final_weights.pt>
+                                                              FF's classifier cut to rank d                    Table 1
+    python baselines.py ncm --model mrl1_e0_ff2048 --dataset V2
+                                                              few-shot nearest class mean                      Table 15
 
-Reads the arrays that pytorch_inference.py --retrieval writes (database: split train, queries: val), prints a table
-and writes it as JSON: {"sizes": [...], "top1": [...], ...}, accuracies as fractions.
+Reads the arrays of `pytorch_inference.py --retrieval` in --arrays (database: train, queries: val). Writes
+`{command}_dataset={dataset}_model={model}.json`: sizes, top1 (fractions), settings.
 """
 import argparse
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
-from saved_files import read_arrays, write_json
+import which_model
+from nearest import nearest, on_device
+from saved_files import fingerprint, read_arrays, write_json
 from tqdm import tqdm
 
-from MRL import InputError, check_nesting_list, command_line, default_nesting_list
+from MRL import (
+    FixedFeatureLayer,
+    InputError,
+    Matryoshka_CE_Loss,
+    MRL_Linear_Layer,
+    check_nesting_list,
+    classifier,
+    command_line,
+    default_nesting_list,
+)
 
-QUERIES, DATABASE = 4096, 16384            # rows multiplied at a time
+ROWS = 4096                                # evaluated at a time
 
 
-# ------------------------------------------------------------------------------------------------ 1-NN
+# ------------------------------------------------------------------------------------------------ on arrays
 
-def nearest(xb, xq, sizes, device="cpu"):
-    """The nearest database row of each query by L2 distance of unit-normalised prefixes, for all sizes at once.
+def linear_probe(X, y, sizes, epochs=10, lr=1e-3, batch_size=1024, device="cpu", seed=0):
+    """Fit a linear classifier on each prefix of frozen features: an MRL head whose matrices share nothing.
 
-    xb [n, D], xq [q, D] (arrays, may be memory-mapped) -> I [G, q] int64, the first among equals.
-    The products of size d are those of the size before plus the next slice's, so that all sizes cost one product at
-    the largest. Rows of zeros stay zeros, as in faiss.
+    X [n, D], y [n] int64 -> MRL_Linear_Layer. Adam, cosine learning rate down to 0.
     """
-    return torch.cat([nearest_block(xb, xq[start:start + QUERIES], sizes, device)
-                      for start in tqdm(range(0, len(xq), QUERIES), desc="1-NN", unit="block")], dim=1).numpy()
+    torch.manual_seed(seed)
+    head, loss = MRL_Linear_Layer(sizes, int(y.max()) + 1).to(device), Matryoshka_CE_Loss()
+    optimizer = torch.optim.Adam(head.parameters(), lr=lr)
+    steps = -(-len(X) // batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
+    rng = np.random.default_rng(seed)
+    for epoch in range(epochs):
+        batches = np.array_split(rng.permutation(len(X)), steps)
+        for rows in tqdm(batches, desc=f"epoch {epoch + 1}/{epochs}", unit="batch", leave=False):
+            rows.sort()                                                   # kinder to a memory-mapped file
+            optimizer.zero_grad()
+            loss(head(on_device(X[rows], device)), torch.from_numpy(y[rows]).to(device)).backward()
+            optimizer.step()
+            schedule.step()
+    return head
 
 
-def nearest_block(xb, xq, sizes, device):
-    xq = on_device(xq, device)
-    best = torch.full((len(sizes), len(xq)), -torch.inf, device=device)
-    index = torch.zeros(len(sizes), len(xq), dtype=torch.int64, device=device)
-    for start in range(0, len(xb), DATABASE):
-        block = on_device(xb[start:start + DATABASE], device)
-        for g, score in enumerate(scores(block, xq, sizes)):
-            value, row = score.max(dim=1)
-            closer = value > best[g]
-            best[g, closer], index[g, closer] = value[closer], row[closer] + start
-    return index.cpu()
+@torch.inference_mode()
+def top1(logits_of, X, y, device="cpu"):
+    """logits_of: features [n, D] -> G tensors [n, C]. -> [G] fractions of rows whose largest logit is the label's."""
+    hits = sum(torch.stack([(logits.argmax(1).cpu() == torch.from_numpy(y[start:start + ROWS])).sum()
+                            for logits in logits_of(on_device(X[start:start + ROWS], device))])
+               for start in tqdm(range(0, len(X), ROWS), desc="top-1", unit="block", leave=False))
+    return (hits / len(X)).tolist()
 
 
-def scores(xb, xq, sizes):
-    """Yields for each size [q, n]: cosine - |xb|^2 / 2, largest where the distance of the unit vectors is smallest."""
-    products = 0
-    for begin, end in zip([0, *sizes], sizes, strict=False):
-        products = products + xq[:, begin:end] @ xb[:, begin:end].T
-        b, q = xb[:, :end].norm(dim=1), xq[:, :end].norm(dim=1)
-        tiny = torch.finfo(torch.float32).tiny
-        yield products / q.clamp(min=tiny)[:, None] / b.clamp(min=tiny) - 0.5 * (b > 0)
+def truncated(weight, bias, ranks):
+    """-> features [n, D] -> logits [n, C] of the best rank-d approximation of `weight` [C, D], for each rank d."""
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    return lambda x: [x @ Vh[:d].T @ (U[:, :d] * S[:d]).T + bias for d in ranks]
 
 
-def on_device(rows, device):
-    return torch.from_numpy(np.array(rows, dtype=np.float32)).to(device)
+def class_mean(X, y, sizes, shots, seed=0):
+    """Few-shot accuracy: `shots` rows of each class give its mean of unit-normalised prefixes, the others are tested.
 
+    -> [G]: fraction of the others whose nearest mean (L2) is their class's.
+    """
+    order = np.random.default_rng(seed).permutation(len(y))
+    order = order[np.argsort(y[order], kind="stable")]                    # by class, random within
+    labels, first, counts = np.unique(y[order], return_index=True, return_counts=True)
+    if counts.min() <= shots:
+        raise InputError(f"{shots} shots need more than {shots} images of each class; class "
+                         f"{labels[counts.argmin()]} has {counts.min()}")
+    support = order[first[:, None] + np.arange(shots)]                    # [C, shots]
+    test = np.setdiff1d(order, support)
+    hits = []
+    for size in sizes:
+        x = torch.nn.functional.normalize(on_device(X[:, :size], "cpu"))
+        means = x[support].mean(1)                                        # [C, size]
+        hits.append(labels[torch.cdist(x[test], means).argmin(1).numpy()] == y[test])
+    return np.mean(hits, axis=1).tolist()
+
+
+# ------------------------------------------------------------------------------------------------ commands
 
 def knn(args):
+    (xb, yb), (xq, yq), about = both_arrays(args)
+    sizes = sizes_of(args, about, xb.shape[1])
+    found = nearest(xb, xq, sizes, args.device)
+    return about, {"sizes": sizes, "top1": (yb[found] == yq).mean(axis=1).tolist()}
+
+
+def lp(args):
+    (X, y), (xq, yq), about = both_arrays(args)
+    sizes = sizes_of(args, about, X.shape[1])
+    head = linear_probe(X, y, sizes, args.epochs, args.lr, device=args.device)
+    return about, {"sizes": sizes, "top1": top1(head, xq, yq, args.device), "epochs": args.epochs, "lr": args.lr}
+
+
+def svd(args):
+    if not args.path:
+        raise InputError("svd needs --path, the fixed-feature checkpoint whose classifier is cut")
+    X, y, about = read_arrays(args.arrays, args.dataset, "val", args.model)
+    if about.get("checkpoint") not in (None, fingerprint(args.path)):
+        raise InputError(f"--path {args.path}: the arrays {args.model} in {args.arrays} come from another checkpoint")
+    head = classifier(which_model.load(args.path))[1]
+    if not isinstance(head, FixedFeatureLayer):
+        raise InputError(f"--path {args.path}: svd is for a fixed-feature model")
+    sizes = sizes_of(args, about, X.shape[1])
+    logits = truncated(*(value.detach().to(args.device) for value in (head.weight, head.bias)), sizes)
+    return about, {"sizes": sizes, "top1": top1(logits, X, y, args.device)}
+
+
+def ncm(args):
+    X, y, about = read_arrays(args.arrays, args.dataset, "val", args.model)
+    sizes = sizes_of(args, about, X.shape[1])
+    trials = {shots: [class_mean(X, y, sizes, shots, seed) for seed in range(args.trials)] for shots in args.shots}
+    return about, {"sizes": sizes, "shots": args.shots, "trials": args.trials,
+                   "top1": [np.mean(trials[shots], axis=0).tolist() for shots in args.shots],
+                   "std": [np.std(trials[shots], axis=0).tolist() for shots in args.shots]}
+
+
+def both_arrays(args):
+    """-> database (X, y), queries (X, y), what the companions say. V2 has queries only and searches 1K's database."""
     xb, yb, about = read_arrays(args.arrays, "1K" if args.dataset == "V2" else args.dataset, "train", args.model)
     xq, yq, about_queries = read_arrays(args.arrays, args.dataset, "val", args.model)
-    if about.get("checkpoint") != about_queries.get("checkpoint"):
+    if about.get("checkpoint") != about_queries.get("checkpoint") or xb.shape[1] != xq.shape[1]:
         raise InputError(f"{args.arrays}: database and queries of {args.model} come from different checkpoints")
-    sizes = sizes_of(args, about, xb.shape[1])
-    hits = yb[nearest(xb, xq, sizes, args.device)] == yq
-    return {"checkpoint": about.get("checkpoint"), "database": len(xb), "queries": len(xq),
-            "sizes": sizes, "top1": hits.mean(axis=1).tolist()}
+    return (xb, yb), (xq, yq), about
 
-
-# ------------------------------------------------------------------------------------------------ command
 
 def sizes_of(args, about, width):
-    """--sizes, else the sizes the model was trained with, else powers of two from 8."""
-    sizes = check_nesting_list(args.sizes or about.get("nesting_list") or default_nesting_list(width))
+    """--sizes; else those of a nested model; else (one size, or unknown) powers of two from 8 up to the width."""
+    own = about.get("nesting_list", [])
+    powers = default_nesting_list(width, start=min(3, width.bit_length() - 1))
+    sizes = check_nesting_list(args.sizes or (own if len(own) > 1 else powers))
     if sizes[-1] > width:
         raise InputError(f"--sizes: {sizes[-1]} is more than the {width} dimensions of {args.model}")
     return sizes
@@ -81,28 +156,38 @@ def sizes_of(args, about, width):
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for command in (knn,):
-        sub = commands.add_parser(command.__name__)
-        sub.set_defaults(run=command)
-        sub.add_argument("--arrays", default=".", help="folder of the arrays")
-        sub.add_argument("--model", default="mrl1_e0_ff2048", help="the model's name in the arrays' names")
-        sub.add_argument("--dataset", default="1K", choices=["1K", "V2", "4K"])
-        sub.add_argument("--sizes", type=int, nargs="+", help="default: those of the model")
-        sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        sub.add_argument("--output", help="folder for the figures (default: that of the arrays)")
+    parser.add_argument("command", choices=["knn", "lp", "svd", "ncm"])
+    parser.add_argument("--arrays", default=".", help="folder of the arrays")
+    parser.add_argument("--model", default="mrl1_e0_ff2048", help="the model's name in the arrays' names")
+    parser.add_argument("--dataset", default="1K", choices=["1K", "V2", "4K"])
+    parser.add_argument("--sizes", type=int, nargs="+", help="default: those of the model; for FF 8, 16 ... its width")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", help="folder for the figures (default: that of the arrays)")
+    parser.add_argument("--path", help="svd: the fixed-feature checkpoint, with its params.json")
+    parser.add_argument("--epochs", type=int, default=10, help="lp")
+    parser.add_argument("--lr", type=float, default=1e-3, help="lp")
+    parser.add_argument("--shots", type=int, nargs="+", default=[1, 3, 5, 7, 9], help="ncm")
+    parser.add_argument("--trials", type=int, default=5, help="ncm: random choices of the shots")
     return parser.parse_args()
+
+
+def show(result):
+    """Print per cent: a row per size, a column per number of shots where there are shots."""
+    columns = [f"{shots}-shot" for shots in result["shots"]] if "shots" in result else ["top-1 %"]
+    table = pd.DataFrame(100 * np.atleast_2d(result["top1"]).T, index=result["sizes"], columns=columns)
+    print(f"{result['command']}, {result['dataset']}, {result['model']}")
+    print(table.rename_axis("size").to_string(float_format="{:.2f}".format))
 
 
 def main():
     args = arguments()
-    result = {"command": args.command, "model": args.model, "dataset": args.dataset, **args.run(args)}
-    path = Path(args.output or args.arrays) / f"{args.command}_dataset={args.dataset}_model={args.model}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
-    print(f"{args.model}, {args.dataset}, {args.command}\n{'size':>6}  top-1 %")
-    for size, top1 in zip(result["sizes"], result["top1"], strict=True):
-        print(f"{size:>6}  {100 * top1:7.2f}")
+    about, figures = {"knn": knn, "lp": lp, "svd": svd, "ncm": ncm}[args.command](args)
+    result = {"command": args.command, "model": args.model, "dataset": args.dataset,
+              "checkpoint": about.get("checkpoint"), **figures}
+    folder = Path(args.output or args.arrays)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{args.command}_dataset={args.dataset}_model={args.model}.json", result)
+    show(result)
 
 
 if __name__ == "__main__":

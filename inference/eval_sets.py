@@ -25,7 +25,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Row(NamedTuple):
     title: str
     folders: tuple       # under the data root; the first that exists is taken
-    classes: str         # file of synsets in label order; "integers": the folder's name is the label
+    classes: str         # file of synsets, labels in sorted order; "integers": the folder's name is the label
     source: str          # where to get it
     own: bool = False    # True: a folder without ImageNet's synsets (a user's own images) is taken as it is
 
@@ -103,7 +103,8 @@ def default_roots():
 
 
 def synsets(file):
-    return (HERE / file).read_text().split()
+    """-> the synsets of a class list in label order, which is sorted order (ImageNet-4K's list is not sorted)."""
+    return sorted((HERE / file).read_text().split())
 
 
 def label_order(row, folder, found, num_classes, any_classes):
@@ -165,11 +166,12 @@ class ImageSet(Dataset):
         return len(self.files)
 
     def __getitem__(self, i):
+        path, label = self.path(i), int(self.labels[i])
         try:
-            image = self.image(i)
+            image = read_rgb(path)
         except Exception:                      # whatever a decoder makes of broken bytes
             return torch.zeros(3, *self.transform.crop), -1
-        return self.transform(image), int(self.labels[i])
+        return self.transform(image), label
 
     def sample(self, n, seed=0):
         """Keep n random images, in their order."""
@@ -184,17 +186,18 @@ class ImageSet(Dataset):
     def path(self, i):
         return self.folder / os.fsdecode(self.files[i])
 
-    def image(self, i):
-        """Image i as RGB (grey, palette and CMYK files are converted)."""
-        with Image.open(self.path(i)) as image:
-            return image.convert("RGB")
-
     def why_unreadable(self, i):
         try:
-            self.image(i)
+            read_rgb(self.path(i))
         except Exception as error:
             return f"{self.path(i)} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         return f"{self.path(i)} (readable now)"
+
+
+def read_rgb(path):
+    """-> the image as RGB; grey, palette and CMYK files are converted."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def image_names(folder, class_name):

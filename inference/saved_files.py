@@ -54,8 +54,12 @@ def save_tensor(path, tensor, about):
     """A plain tensor, for torch.load(path, mmap=True, weights_only=True), and its JSON, written last."""
     companion = path.with_suffix(".json")
     companion.unlink(missing_ok=True)
-    with replacing(path) as temporary:
-        torch.save(tensor, temporary)
+    try:
+        with replacing(path) as temporary:
+            torch.save(tensor, temporary)
+    except (RuntimeError, OSError) as error:                    # a full disk is a RuntimeError of PyTorch's writer
+        raise InputError(f"{path} could not be written, {tensor.nbytes / 1e9:.2f} GB are needed: "
+                         f"{str(error).splitlines()[0]}") from None
     write_json(companion, about)
 
 
@@ -106,6 +110,6 @@ def exact_labels(y, path):
     if y.dtype == np.float16 and y.max(initial=0) >= 2048:
         raise InputError(f"{path}: float16 labels up to {y.max():.0f}, where float16 holds only every second class or "
                          "fewer: classes have been merged; dump the embeddings again")
-    if not np.array_equal(y, y.astype(np.int64)) or y.min(initial=0) < 0:
+    if not np.array_equal(y, np.floor(y)) or y.min(initial=0) < 0:         # not equal: NaN too
         raise InputError(f"{path}: labels must be whole numbers from 0 up")
     return y.astype(np.int64)

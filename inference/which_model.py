@@ -6,7 +6,7 @@ the authors, the file's shapes, and last the original's defaults. What contradic
 import re
 from pathlib import Path
 
-from MRL import NESTING_LIST, InputError, load_model
+from MRL import NESTING_LIST, InputError, classifier, default_nesting_list, load_model, torchvision_model
 
 
 def load(path, arch=None, mrl=False, efficient=False, rep_size=None, nesting_list=None, old_ckpt=False):
@@ -34,10 +34,10 @@ def released(path):
     if not match:
         return {}
     depth, nested, efficient, size = match.groups()
-    head = head_of_flags(nested == "1", efficient == "1", size)
     start = re.search(r"(\d+)start", f"{path.parent.name}/{path.stem}")
-    sizes = [d for d in NESTING_LIST if d >= int(start[1])] if start and nested == "1" else None
-    return {"arch": f"resnet{depth}", "head": head, "nesting_list": sizes}
+    sizes = [d for d in NESTING_LIST if (int(start[1]) if start else 8) <= d <= int(size)]
+    return {"arch": f"resnet{depth}", "head": head_of_flags(nested == "1", efficient == "1", size),
+            "nesting_list": sizes if nested == "1" else None}
 
 
 def agreed(path, given, named):
@@ -50,7 +50,8 @@ def agreed(path, given, named):
 
 def with_defaults(path, given):
     """The original's defaults for what does not show in a file. load_model holds the result to the file's shapes."""
-    if given["head"] == "mrl_e" and given["nesting_list"] is None:
-        print(f"{path}: the sizes of an MRL-E file do not show in it, taking {NESTING_LIST} (see --nesting_list)")
-        given["nesting_list"] = NESTING_LIST
-    return {**given, "arch": given["arch"] or "resnet50"}
+    arch, sizes = given["arch"] or "resnet50", given["nesting_list"]
+    if given["head"] == "mrl_e" and sizes is None:
+        sizes = default_nesting_list(classifier(torchvision_model(arch))[1].in_features)
+        print(f"{path}: the sizes of an MRL-E file do not show in it, taking {sizes} (--nesting_list changes them)")
+    return {**given, "arch": arch, "nesting_list": sizes}

@@ -1,0 +1,175 @@
+"""Sets are found, checked and labelled as their rows say: a wrong rule makes ColourReader wrong."""
+import numpy as np
+import pytest
+import torch
+from eval_sets import CLASSIFICATION, RETRIEVAL, Preparation, lookup, make_loader, open_set, synsets
+from evaluate import evaluate
+from image_trees import SIZE, ColourReader, make_tree, write_image
+from PIL import Image
+
+from MRL import InputError
+
+IMAGENET = synsets("imagenet_synsets.txt")
+A, R = synsets("imagenet_a_synsets.txt"), synsets("imagenet_r_synsets.txt")
+PREPARATION = Preparation(SIZE, SIZE)
+
+
+def opened(name, root, num_classes=1000, table=CLASSIFICATION, split=None):
+    row = lookup(table, name)[1]
+    return open_set(row[split] if split else row, num_classes, PREPARATION, root, any_classes=split is not None)
+
+
+def accuracy(images, classes=1000):
+    loader = make_loader(images, batch_size=300, workers=0)
+    return evaluate(ColourReader(classes), images, loader, torch.device("cpu"))["top1"]
+
+
+@pytest.mark.parametrize("name, folder, classes", [
+    ("V1", "val", IMAGENET),
+    ("v2", "imagenetv2-matched-frequency-format-val", [str(i) for i in range(1000)]),
+    ("V2-threshold-0.7", "imagenetv2-threshold0.7", [str(i) for i in range(1000)]),
+    ("V2-top-images", "imagenetv2-top-images-format-val", [str(i) for i in range(1000)]),
+    ("sketch", "imagenet-sketch/sketch", IMAGENET),
+    ("A", "imagenet-a", {wnid: IMAGENET.index(wnid) for wnid in A}),
+    ("R", "imagenet-r_", {wnid: IMAGENET.index(wnid) for wnid in R}),
+])
+def test_true_folder_names_give_true_labels(tmp_path, name, folder, classes):
+    make_tree(tmp_path / folder, classes)
+    (tmp_path / folder / "README.txt").write_text("ImageNet-A and -R come with one")
+    images = opened(name, tmp_path)
+    assert len(images) == len(classes)
+    right, next_class = accuracy(images)
+    assert right == 1 and next_class <= 0.005
+
+
+def test_v2_folder_10_is_class_10_not_class_2(tmp_path):
+    make_tree(tmp_path / "imagenetv2-matched-frequency", [str(i) for i in range(12)])
+    images = opened("V2", tmp_path, num_classes=12)
+    labels = {images.path(i).parent.name: images[i][1] for i in range(12)}
+    assert labels == {str(i): i for i in range(12)}
+
+
+def test_subset_keeps_200_logits_in_synset_order(tmp_path):
+    make_tree(tmp_path / "imagenet-a", A)
+    images = opened("A", tmp_path)
+    assert [IMAGENET[i] for i in images.subset] == images.classes == A
+    with pytest.raises(InputError, match="is for checkpoints of ImageNet-1K's 1,000 classes; this one has 10"):
+        opened("A", tmp_path, num_classes=10)
+
+
+def test_4k_labels_are_positions_in_sorted_folders(tmp_path):
+    wnids = synsets("imagenet4k_synsets.txt")
+    assert len(wnids) == 4202 and wnids == sorted(wnids)
+    for split in ("train", "val"):
+        make_tree(tmp_path / "imagenet-4k" / split, wnids)
+        images = opened("4K", tmp_path, table=RETRIEVAL, split=split)
+        assert images.labels.tolist() == list(range(4202)) and images.labels.dtype == np.int64
+        assert [images.path(i).parent.name for i in (0, 4201)] == [wnids[0], wnids[-1]]
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+def test_incomplete_set_says_what_is_missing_and_where_to_get_it(tmp_path):
+    make_tree(tmp_path / "imagenet-a", [w for w in A if w != "n01498041"])
+    with pytest.raises(InputError, match=r"needs 200 class folders, found 199 .*missing n01498041; .*github"):
+        opened("A", tmp_path)
+
+
+def test_wrong_folder_is_named(tmp_path):
+    make_tree(tmp_path / "sketch", ["n99999999" if w == IMAGENET[5] else w for w in IMAGENET])
+    with pytest.raises(InputError, match=f"missing {IMAGENET[5]}; not of it n99999999"):
+        opened("Sketch", tmp_path)
+
+
+def test_incomplete_imagenet_is_not_taken_for_a_users_own_set(tmp_path):
+    make_tree(tmp_path / "val", IMAGENET[:-1])
+    with pytest.raises(InputError, match=f"needs 1000 class folders, found 999 .*missing {IMAGENET[-1]}"):
+        opened("V1", tmp_path)
+    with pytest.raises(InputError, match="needs 1000"):
+        opened("1K", tmp_path, table=RETRIEVAL, split="val")
+
+
+def test_missing_set(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"ImageNet-R is not there: .*imagenet-r or .*imagenet-r_; get it from https"):
+        opened("R", tmp_path)
+    monkeypatch.setenv("IMAGENET_ROOT", str(tmp_path / "elsewhere"))
+    with pytest.raises(InputError, match="elsewhere/val"):
+        opened("V1", None)
+
+
+def test_unknown_name_lists_the_known():
+    with pytest.raises(InputError, match=r"--dataset sketchy: unknown here; one of V1, V2, .*Sketch"):
+        lookup(CLASSIFICATION, "sketchy")
+    assert lookup(CLASSIFICATION, "SKETCH")[0] == "Sketch"
+
+
+def test_own_classes_are_taken_as_they_are_but_counted(tmp_path):
+    make_tree(tmp_path / "val", [str(i) for i in range(12)])
+    images = opened("V1", tmp_path, num_classes=12)
+    assert images.classes == sorted(map(str, range(12)))           # an ImageFolder: "10" stands before "2"
+    with pytest.raises(InputError, match="has 12 class folders, the checkpoint 10 classes"):
+        opened("V1", tmp_path, num_classes=10)
+    assert len(opened("1K", tmp_path, num_classes=10, table=RETRIEVAL, split="val")) == 12
+
+
+def test_empty_class_folders_are_named(tmp_path):
+    make_tree(tmp_path / "val", ["a", "c"])
+    (tmp_path / "val" / "b").mkdir()
+    (tmp_path / "val" / "b" / "notes.txt").write_text("no image")
+    with pytest.raises(InputError, match=r"1 class folder\(s\) hold no images: b"):
+        opened("V1", tmp_path, num_classes=3)
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "LA", "RGBA", "I;16"])
+def test_other_colour_modes_become_rgb(tmp_path, mode):
+    make_tree(tmp_path / "val", ["a"])
+    Image.new("L", (9, 9), 255).convert(mode).save(tmp_path / "val" / "a" / "a_0.JPEG", format="PNG")
+    x, y = opened("V1", tmp_path, num_classes=1)[0]
+    assert y == 0 and x.shape == (3, SIZE, SIZE)
+
+
+def test_cmyk_jpeg_becomes_rgb(tmp_path):
+    make_tree(tmp_path / "val", ["a"])
+    red = Image.new("RGB", (9, 9), (255, 0, 0))
+    expected = PREPARATION(red)
+    red.convert("CMYK").save(tmp_path / "val" / "a" / "a_0.JPEG", format="JPEG", quality=100)
+    x, _ = opened("V1", tmp_path, num_classes=1)[0]
+    assert (x - expected).abs().max() < 0.15
+
+
+def test_preparation_is_the_originals():
+    """Resize 256, crop 224, ImageNet's mean and deviation, on a gradient whose centre is known."""
+    image = Image.fromarray(np.tile(np.arange(512, dtype=np.uint8)[:, None, None] // 2, (1, 512, 3)))
+    x = Preparation()(image)
+    assert x.shape == (3, 224, 224)
+    red = x[0] * 0.229 + 0.485
+    assert red[0].mean().item() * 255 == pytest.approx(16, abs=0.6)     # row 16 of 256 rows
+
+
+def test_unreadable_images_keep_their_place(tmp_path):
+    make_tree(tmp_path / "val", ["a", "b"], per_class=2)
+    whole = (tmp_path / "val" / "a" / "a_1.JPEG").read_bytes()
+    (tmp_path / "val" / "a" / "a_1.JPEG").write_bytes(whole[:len(whole) // 2])
+    images = opened("V1", tmp_path, num_classes=2)
+    assert [images[i][1] for i in range(4)] == [0, -1, 1, 1]
+    assert "a_1.JPEG (" in images.why_unreadable(1)
+
+
+def test_sample_is_seeded_sorted_and_keeps_labels(tmp_path):
+    make_tree(tmp_path / "val", [f"{i:03}" for i in range(50)])
+    one, two = opened("V1", tmp_path, num_classes=50), opened("V1", tmp_path, num_classes=50)
+    assert one.digest() == two.digest()
+    one.sample(20)
+    two.sample(20)
+    assert one.digest() == two.digest() and len(one) == 20
+    assert one.labels.tolist() == sorted(one.labels.tolist()) == [int(one.path(i).parent.name) for i in range(20)]
+
+
+def test_batches_by_number(tmp_path):
+    write_image(tmp_path / "val" / "0" / "x.png", 0)
+    make_tree(tmp_path / "val", [str(i) for i in range(7)])
+    images = opened("V1", tmp_path, num_classes=7)
+    assert [len(y) for _, y in make_loader(images, 3, 0)] == [3, 3, 2]
+    assert [y.tolist() for _, y in make_loader(images, 3, 0, batches=[2, 0])] == [[5, 6], [0, 0, 1]]

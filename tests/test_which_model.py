@@ -1,0 +1,135 @@
+"""Flags, names and shapes settle which model a file holds; golden logits come out of this script's own loading."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import fill
+from evaluate import all_sizes
+from image_trees import make_run
+from which_model import load, released
+
+from MRL import NESTING_LIST, InputError, build_model
+
+EVERY_SIZE = {"mrl": NESTING_LIST, "mrl_e": NESTING_LIST, "ff512": [512], "ff2048": [2048]}
+
+
+@pytest.mark.parametrize("kind, file, prefix, flags", [
+    ("mrl_old", "r50_mrl1_e0_ff2048.pt", "module.", {"old_ckpt": True}),
+    ("mrl_old", "mine.pt", "", {"old_ckpt": True, "mrl": True}),
+    ("mrl_e_old", "r50_mrl1_e1_ff2048.pt", "", {"old_ckpt": True}),
+    ("mrl_e_old", "mine.pt", "module.", {"old_ckpt": True, "mrl": True, "efficient": True}),
+    ("ff512", "r50_mrl0_e0_ff512.pt", "module.", {"old_ckpt": True}),
+    ("ff2048", "mine.pt", "", {}),
+    ("mrl", "mine.pt", "module.", {"mrl": True}),
+    ("mrl_e", "mine.pt", "", {"efficient": True}),
+])
+def test_golden_layouts_give_golden_logits(golden, tmp_path, kind, file, prefix, flags):
+    numbers, arrays = golden("model")
+    shapes = numbers[f"resnet50_{kind}_state_dict"]
+    like = build_model("resnet50", kind.removesuffix("_old")).state_dict()
+    blank = {key: like[key] if key in like else torch.zeros(shape) for key, shape in shapes.items()}
+    torch.save({prefix + key: value for key, value in fill(blank, seed=5).items()}, tmp_path / file)
+    model = load(tmp_path / file, **flags)
+    assert model.spec["nesting_list"] == EVERY_SIZE[kind.removesuffix("_old")]
+    x = torch.from_numpy(np.random.default_rng(3).standard_normal((2, 3, 64, 64)).astype(np.float32))
+    with torch.no_grad():
+        logits = all_sizes(model, x)[..., :20].numpy()
+    expected = arrays[f"resnet50_{kind}_logits_first20"]
+    np.testing.assert_allclose(logits.reshape(expected.shape), expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("path, says", [
+    ("r50_mrl1_e0_ff2048.pt", ("resnet50", "mrl", NESTING_LIST)),
+    ("r50_mrl0_e0_ff256.pt", ("resnet50", "ff256", None)),
+    ("r50_mrl1_e1_ff2048_16start.pt", ("resnet50", "mrl_e", NESTING_LIST[1:])),
+    ("mrl_e_16start/r50_mrl1_e1_ff2048.pt", ("resnet50", "mrl_e", NESTING_LIST[1:])),
+    ("r18_mrl1_e0_ff512.pt", ("resnet18", "mrl", NESTING_LIST[:7])),
+])
+def test_released_names(path, says):
+    assert tuple(released(path).values()) == says
+
+
+def test_names_that_say_nothing():
+    assert released("final_weights.pt") == {}
+
+
+@pytest.mark.parametrize("head", ["mrl", "mrl_e"])
+def test_16start_files_load_by_name(tmp_path, head):
+    sizes = [16, 32, 64, 128, 256, 512]
+    state = build_model("resnet18", head, nesting_list=sizes).state_dict()
+    if head == "mrl_e":
+        state = {key.replace("nesting_classifier_0.", ""): value for key, value in state.items()}
+    path = tmp_path / f"r18_mrl1_e{int(head == 'mrl_e')}_ff512_16start.pt"
+    torch.save(state, path)
+    assert load(path, old_ckpt=True).spec["nesting_list"] == sizes
+
+
+def bare(tmp_path, **model):
+    path = tmp_path / "weights.pt"
+    torch.save(build_model("resnet18", num_classes=10, **model).state_dict(), path)
+    return path
+
+
+def test_a_run_needs_only_its_path(tmp_path):
+    path = make_run(tmp_path / "run", "mrl_e", nesting_list=[4, 512])
+    assert load(path).spec == json.loads((tmp_path / "run" / "params.json").read_text())["model"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"mrl": True}, "head=mrl was asked for, params.json beside it says mrl_e"),
+    ({"rep_size": 8}, "head=ff8 was asked for"),
+    ({"arch": "resnet50"}, "arch=resnet50 was asked for"),
+    ({"efficient": True, "nesting_list": [8, 512]}, "nesting_list"),
+    ({"efficient": True, "rep_size": 2048}, "--rep_size 2048 was asked for, the file holds sizes up to 512"),
+])
+def test_flags_that_contradict_params_json(tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        load(make_run(tmp_path, "mrl_e"), **flags)
+
+
+def test_bare_file_of_another_architecture_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="does not fit resnet50 with head mrl"):
+        load(bare(tmp_path, head="mrl"), mrl=True)
+
+
+def test_shapes_show_the_head(tmp_path):
+    assert load(bare(tmp_path, head="ff32"), arch="resnet18").spec["nesting_list"] == [32]
+    with pytest.raises(InputError, match="head=ff64 was asked for, the file holds ff32"):
+        load(bare(tmp_path, head="ff32"), arch="resnet18", rep_size=64)
+
+
+def test_sizes_of_a_bare_mrl_e_file(tmp_path, capsys):
+    path = bare(tmp_path, head="mrl_e")
+    assert load(path, arch="resnet18", efficient=True).spec["nesting_list"] == NESTING_LIST[:7]
+    assert "taking [8, 16, 32, 64, 128, 256, 512] (--nesting_list changes them)" in capsys.readouterr().out
+    sizes = [2, 512]
+    assert load(path, arch="resnet18", efficient=True, nesting_list=sizes).spec["nesting_list"] == sizes
+    with pytest.raises(InputError, match="nesting_list"):
+        load(path, arch="resnet18")
+
+
+def test_a_released_file_with_one_matrix_and_no_name_is_ambiguous(tmp_path):
+    with pytest.raises(InputError, match="MRL-E or a fixed-feature model"):
+        load(bare(tmp_path, head="ff512"), arch="resnet18", old_ckpt=True)
+
+
+def test_flags_against_a_released_name(tmp_path):
+    path = bare(tmp_path, head="ff256").rename(tmp_path / "r18_mrl0_e0_ff256.pt")
+    with pytest.raises(InputError, match="the flags say head=mrl, the file's name ff256"):
+        load(path, old_ckpt=True, mrl=True)
+
+
+def test_pickled_modules_nan_and_truncated_files_are_refused(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save(torch.nn.Linear(2, 2), path)
+    with pytest.raises(InputError, match="holds more than tensors"):
+        load(path)
+    model = build_model("resnet18", "ff512", num_classes=10)
+    model.conv1.weight.data[0, 0, 0, 0] = torch.nan
+    torch.save(model.state_dict(), path)
+    with pytest.raises(InputError, match=r"conv1.weight holds NaN"):
+        load(path, arch="resnet18")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match="not a PyTorch checkpoint, or truncated"):
+        load(path)

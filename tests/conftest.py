@@ -23,7 +23,7 @@ def golden():
     return read
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run():
     """run("train", "train_imagenet.py --help") -> CompletedProcess of `python <command>` started in that folder."""
     def start(folder, command, check=True, env=None, timeout=600):
@@ -35,7 +35,7 @@ def run():
     return start
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def refused(run):
     """refused("train", command) -> the one line of stderr with which a command must refuse bad input."""
     def start(folder, command, **options):

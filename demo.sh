@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# The whole idea on 5,000 real images, on any machine: images -> .ffcv -> checkpoints -> accuracy, embeddings -> pictures.
+#
+#   ./demo.sh [FOLDER=demo_out]        about 8 minutes on 2 CPU cores after the set-up
+#
+# Every step below is a script that a user of ImageNet runs too; demo/digits.yaml makes the training small.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source ./setup.sh
+out=$(mkdir -p "${1:-demo_out}" && cd "${1:-demo_out}" && pwd)
+step() { echo; echo "== $* ($((SECONDS / 60)) min $((SECONDS % 60)) s)"; }
+SECONDS=0
+
+step "the digits as an ImageNet-style folder tree, then as .ffcv files"
+rm -rf "$out"/{images,ffcv,runs,figures,arrays,outputs}
+mkdir -p "$out/figures"
+python demo/prepare.py "$out/images"
+IMAGENET_DIR=$out/images WRITE_DIR=$out/ffcv WORKERS=2 train/write_imagenet.sh 32 0.50 90
+
+train() {   # name of the run, head
+  step "training $1"
+  (cd train && python train_imagenet.py --config-file ../demo/digits.yaml "$2" --logging.folder="$out/runs" \
+    --logging.name="$1" --data.train_dataset="$out/ffcv/train_32_0.50_90.ffcv" \
+    --data.val_dataset="$out/ffcv/val_32_uncompressed.ffcv")
+}
+train ff2 --model.fixed_feature=2
+train ff8 --model.fixed_feature=8
+train ff64 --model.fixed_feature=64
+train mrl --model.mrl=1
+train mrl_e --model.efficient=1
+
+cd inference
+images=(--data_root "$out/images" --resize 18 --crop 16 --workers 2)
+step "accuracy of every representation size"
+python pytorch_inference.py --path "$out"/runs/{ff2,ff8,ff64,mrl,mrl_e}/final_weights.pt --dataset V1 \
+  "${images[@]}" --output "$out/figures"
+step "embeddings, and the accuracy of the nearest neighbour"
+python pytorch_inference.py --path "$out/runs/mrl/final_weights.pt" --retrieval --dataset 1K "${images[@]}" \
+  --retrieval_array_path "$out/arrays"
+python baselines.py knn --arrays "$out/arrays" --model mrl1_e0_ff512
+cd ..
+
+step "the table and the pictures"
+python demo/pictures.py "$out"

@@ -1,0 +1,107 @@
+"""The demo's table and pictures, from the files that inference/ left.
+
+    python pictures.py demo_out
+
+Reads figures/accuracy_dataset=V1_tta=False.csv, arrays/knn_*.json, arrays/1K_*-X.npy and images/; writes table.csv,
+accuracy.png and neighbours.png.
+"""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+from PIL import Image
+
+SHOWN = (2, 4, 8, 64)      # sizes in the picture of neighbours
+QUERIES, NEIGHBOURS = 8, 4
+
+
+def accuracies(folder):
+    """-> a data frame: rows = sizes, columns = top-1 of FF, MRL, MRL-E, and of MRL's nearest neighbour; fractions."""
+    top1 = pd.read_csv(folder / "figures/accuracy_dataset=V1_tta=False.csv")
+    table = top1.pivot(index="size", columns="model", values="top1")[["FF", "MRL", "MRL-E"]]
+    knn = json.loads((folder / "arrays/knn_dataset=1K_model=mrl1_e0_ff512.json").read_text())
+    return table.join(pd.Series(knn["top1"], index=knn["sizes"], name="MRL 1-NN"))
+
+
+def plot(table):
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, style in zip(table, ("ks", "o-", "^-", "v--"), strict=True):
+        axes.plot(table[name].dropna() * 100, style, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(table.index)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set(xlabel="representation size", ylabel="accuracy (%)", title="1,000 digits, never seen in training")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def neighbours(folder):
+    """Some queries, and under each size their nearest database images; a red frame where the digit differs."""
+    (xb, yb), (xq, yq) = (read(folder, split) for split in ("train", "val"))
+    queries = hardest(xb, xq, yb, yq)
+    figure = Figure(figsize=(1 + len(SHOWN) * NEIGHBOURS * 0.55, QUERIES * 0.62))
+    axes = figure.subplots(QUERIES, 1 + len(SHOWN) * NEIGHBOURS)
+    found = {size: nearest(xb, xq[queries], size)[:, :NEIGHBOURS] for size in SHOWN}
+    files = {split: images(folder, split) for split in ("train", "val")}
+    for row, query in zip(axes, queries, strict=True):
+        draw(row[0], files["val"][query], "black")
+        for s, size in enumerate(SHOWN):
+            for place, i in enumerate(found[size][list(queries).index(query)]):
+                draw(row[1 + s * NEIGHBOURS + place], files["train"][i], "green" if yb[i] == yq[query] else "red")
+    axes[0, 0].set_title("query", fontsize=9)
+    for s, size in enumerate(SHOWN):
+        axes[0, 1 + s * NEIGHBOURS].set_title(f"size {size}", fontsize=9, loc="left")
+    figure.subplots_adjust(0.01, 0.01, 0.99, 0.94, 0.08, 0.08)
+    return figure
+
+
+def read(folder, split):
+    stem = f"{folder}/arrays/1K_{split}_mrl1_e0_ff512"
+    return np.load(f"{stem}-X.npy", mmap_mode="r"), np.load(f"{stem}-y.npy")
+
+
+def images(folder, split):
+    """Paths in the order of the arrays: that of torchvision's ImageFolder."""
+    return sorted((folder / "images" / split).glob("*/*.png"))
+
+
+def hardest(xb, xq, yb, yq):
+    """Queries that the smallest size gets wrong and the largest right, one of each digit first."""
+    small, large = (yb[nearest(xb, xq, size)[:, 0]] == yq for size in (SHOWN[0], SHOWN[-1]))
+    candidates = np.flatnonzero(~small & large)
+    _, first = np.unique(yq[candidates], return_index=True)
+    order = np.concatenate([candidates[first], np.delete(candidates, first), np.arange(len(yq))])
+    return order[:QUERIES]
+
+
+def nearest(xb, xq, size):
+    """-> [q, n] database rows by distance on unit-normalised prefixes."""
+    xb, xq = (x[:, :size] / np.linalg.norm(x[:, :size], axis=1, keepdims=True) for x in (xb, xq))
+    return np.argsort(-xq @ xb.T, axis=1)
+
+
+def draw(axes, path, colour):
+    axes.imshow(Image.open(path))
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set(color=colour, linewidth=2)
+
+
+def main(folder):
+    table = accuracies(folder)
+    table.to_csv(folder / "table.csv", float_format="%.4f")
+    plot(table).savefig(folder / "accuracy.png", dpi=150)
+    neighbours(folder).savefig(folder / "neighbours.png", dpi=150)
+    print("accuracy in per cent; FF is one model per size, MRL and MRL-E are one model each")
+    print((100 * table).to_string(float_format="{:.1f}".format, na_rep="-"))
+    print(f"\nwritten to {folder}: table.csv, accuracy.png, neighbours.png")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

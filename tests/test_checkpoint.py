@@ -1,0 +1,73 @@
+"""The run folder: what it holds, what is refused, what is never lost."""
+import json
+
+import checkpoint
+import pytest
+import torch
+
+from MRL import InputError
+
+SETTINGS = {"model": {"mrl": 1}, "training": {"epochs": 3}, "data": {"num_workers": 2}}
+STATE = {"epoch": 1, "model": {"w": torch.arange(1000.)}}
+
+
+def test_save_and_restore(tmp_path):
+    assert checkpoint.restore(tmp_path) is None
+    checkpoint.save(tmp_path, STATE)
+    checkpoint.save(tmp_path, STATE | {"epoch": 2})
+    assert checkpoint.restore(tmp_path)["epoch"] == 2
+    assert checkpoint.read(tmp_path / "checkpoint_previous.pt")["epoch"] == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "checkpoint_previous.pt"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "foreign", "missing"])
+def test_a_broken_checkpoint_is_named_and_the_previous_used(tmp_path, capsys, damage):
+    checkpoint.save(tmp_path, STATE)
+    checkpoint.save(tmp_path, STATE | {"epoch": 2})
+    path = tmp_path / "checkpoint.pt"
+    whole = bytearray(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(whole[:-200])
+    elif damage == "flip":
+        whole[len(whole) // 2] ^= 1
+        path.write_bytes(whole)
+    elif damage == "foreign":
+        torch.save({"some": "thing"}, path)
+    else:
+        path.unlink()      # killed between the two renames
+    assert checkpoint.restore(tmp_path)["epoch"] == 1
+    assert (str(path) in capsys.readouterr().err) == (damage != "missing")
+
+
+def test_nothing_readable_is_an_error_not_a_new_beginning(tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"half")
+    with pytest.raises(InputError, match="none of its checkpoints can be read"):
+        checkpoint.restore(tmp_path)
+
+
+def test_what_does_not_change_results_may_change(tmp_path):
+    checkpoint.write_params(tmp_path, SETTINGS, {"head": "mrl"})
+    params = json.loads((tmp_path / "params.json").read_text())
+    assert params["model"] == {"head": "mrl"} and params["versions"]["torch"] == torch.__version__ and params["command"]
+    checkpoint.check_same_run(tmp_path, SETTINGS | {"data": {"num_workers": 12}})
+    with pytest.raises(InputError, match=r"--training.epochs=3, now 5"):
+        checkpoint.check_same_run(tmp_path, SETTINGS | {"training": {"epochs": 5}})
+    with pytest.raises(InputError, match=r"--training.seed=None, now 1"):
+        checkpoint.check_same_run(tmp_path, SETTINGS | {"training": {"epochs": 3, "seed": 1}})
+    with pytest.raises(InputError, match="no run folder"):
+        checkpoint.saved_settings(tmp_path / "elsewhere")
+
+
+def test_the_log_forgets_epochs_that_run_again(tmp_path):
+    for epoch in range(3):
+        checkpoint.append_log(tmp_path, {"epoch": epoch})
+    with open(tmp_path / "log", "a") as file:
+        file.write('{"epoch": 3, "top')      # killed while writing
+    checkpoint.forget_after(tmp_path, 2)
+    assert checkpoint.read_log(tmp_path) == [{"epoch": 0}, {"epoch": 1}]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--logging.folder: cannot make"):
+        checkpoint.make_folder(tmp_path / "file" / "run")

@@ -1,0 +1,87 @@
+"""Settings: every key of the YAML files is declared with the original's defaults; bad values stop with one line."""
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+from settings import as_dict, read_settings
+from train_imagenet import CONFIG
+
+from MRL import InputError
+
+REQUIRED = ["--data.train_dataset=a", "--data.val_dataset=b", "--data.num_workers=1", "--data.in_memory=1",
+            "--logging.folder=c"]
+YAMLS = [*sorted((ROOT / "train/rn50_configs").glob("*.yaml")), ROOT / "demo/digits.yaml"]
+
+
+def read(monkeypatch, *words, required=REQUIRED):
+    monkeypatch.setattr(sys, "argv", ["train_imagenet.py", *required, *map(str, words)])
+    return read_settings(CONFIG, "")
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.name)
+def test_yaml_files_are_read(monkeypatch, path):
+    settings = as_dict(read(monkeypatch, "--config-file", path))
+    for section, values in yaml.safe_load(path.read_text()).items():
+        for key, value in values.items():
+            if f"--{section}.{key}" not in " ".join(REQUIRED):
+                assert settings[section][key] == value, f"{section}.{key}"
+
+
+def test_the_40_epoch_file_holds_the_originals_values(monkeypatch):
+    settings = read(monkeypatch, "--config-file", ROOT / "train/rn50_configs/rn50_40_epochs.yaml")
+    s = {f"{a}.{b}": v for a, values in as_dict(settings).items() for b, v in values.items()}
+    expected = {"dist.world_size": 8, "lr.lr": 0.2125, "lr.lr_schedule_type": "cyclic", "model.arch": "resnet50",
+                "resolution.min_res": 160, "resolution.max_res": 192, "resolution.start_ramp": 29,
+                "resolution.end_ramp": 34, "training.batch_size": 512, "training.bn_wd": 0, "training.distributed": 1,
+                "training.epochs": 40, "training.label_smoothing": 0.1, "training.momentum": 0.9,
+                "training.weight_decay": 1e-4, "training.use_blurpool": 1, "validation.lr_tta": 1,
+                "validation.resolution": 256}
+    assert {key: s[key] for key in expected} == expected
+
+
+def test_defaults_are_the_originals(monkeypatch):
+    s = read(monkeypatch)
+    assert vars(s.lr) == {"lr": 0.5, "lr_schedule_type": "cyclic", "lr_peak_epoch": 2, "step_ratio": 0.1,
+                          "step_length": 30}
+    assert vars(s.resolution) == {"min_res": 160, "max_res": 160, "start_ramp": 0, "end_ramp": 0}
+    assert vars(s.validation) == {"batch_size": 512, "resolution": 224, "lr_tta": 1}
+    assert (s.model.arch, s.model.mrl, s.model.efficient, s.model.nesting_start) == ("resnet18", 0, 0, 3)
+    t = s.training
+    assert (t.batch_size, t.epochs, t.weight_decay, t.momentum, t.label_smoothing) == (512, 30, 4e-5, 0.9, 0.1)
+    assert (s.dist.world_size, s.dist.address, s.dist.port, s.logging.log_level) == (1, "localhost", "12355", 1)
+
+
+def test_the_command_line_goes_before_the_file(monkeypatch):
+    path = ROOT / "train/rn50_configs/rn50_40_epochs.yaml"
+    assert read(monkeypatch, "--config-file", path, "--lr.lr=0.425").lr.lr == 0.425
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--training.optimizer=adam"], "--training.optimizer=adam: expected"),
+    (["--training.epochs=many"], "--training.epochs=many: expected an int"),
+    (["--model.mrl=2"], "--model.mrl=2"), (["--training.device=tpu"], "--training.device=tpu"),
+    (["--lr.lr_schedule_type=cosine"], "cosine"), (["--training.batch_size=0"], "batch_size=0")])
+def test_bad_values(monkeypatch, words, said):
+    with pytest.raises(InputError, match=said):
+        read(monkeypatch, *words)
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    with pytest.raises(InputError, match=r"--data.val_dataset: required"):
+        read(monkeypatch, required=REQUIRED[:1])
+
+
+@pytest.mark.parametrize("content, said", [("training:\n  epoch: 3\n", r"unknown setting training.epoch"),
+                                           ("train: 3\n", "expected sections"), ("- 1\n", "expected sections"),
+                                           ("a: [", "not YAML"), ("training:\n  epochs: 1.5\n", "training.epochs=1.5")])
+def test_bad_yaml(monkeypatch, tmp_path, content, said):
+    (tmp_path / "a.yaml").write_text(content)
+    with pytest.raises(InputError, match=said):
+        read(monkeypatch, "--config-file", tmp_path / "a.yaml")
+
+
+def test_an_unknown_flag_is_refused(monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        read(monkeypatch, "--model.mlr=1")
+    assert "unrecognized arguments: --model.mlr=1" in capsys.readouterr().err

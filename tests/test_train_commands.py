@@ -1,0 +1,127 @@
+"""The README's training commands, as a user runs them: with the data, device and lengths of a test."""
+import json
+import re
+import socket
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DistributedSampler
+
+import MRL
+
+ORIGINAL = """train_imagenet.py --config-file rn50_configs/rn50_40_epochs.yaml {model}
+    --data.train_dataset=$WRITE_DIR/train_500_0.50_90.ffcv --data.val_dataset=$WRITE_DIR/val_500_uncompressed.ffcv
+    --data.num_workers=12 --data.in_memory=1 --logging.folder=trainlogs --logging.log_level=1
+    --dist.world_size=2 --training.distributed=1 --lr.lr=0.425"""
+SMALL = """--training.device=cpu --model.num_classes=3 --training.batch_size=8 --training.epochs=1 --lr.lr=0.01
+    --resolution.min_res=32 --resolution.max_res=32 --validation.resolution=32"""
+MODELS = {"ff": "--model.fixed_feature=2048", "mrl": "--model.mrl=1", "mrl_e": "--model.efficient=1"}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def command(model, folder, ffcv_folder, *changes):
+    text = ORIGINAL.format(model=model).replace("$WRITE_DIR", str(ffcv_folder)).replace("trainlogs", str(folder))
+    return " ".join([text, SMALL, f"--dist.port={free_port()}", *changes])
+
+
+def only_run(folder):
+    (run,) = folder.iterdir()
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, ffcv_folder, run):
+    """trained("mrl", processes) -> the run folder that the command leaves; each trained once."""
+    runs = {}
+
+    def train(kind, processes):
+        if (kind, processes) not in runs:
+            folder = tmp_path_factory.mktemp(f"{kind}{processes}")
+            alone = ["--training.distributed=0"] if processes == 1 else []
+            done = run("train", command(MODELS[kind], folder, ffcv_folder, *alone))
+            runs[kind, processes] = done, only_run(folder)
+        return runs[kind, processes]
+    return train
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_readmes_commands(trained, kind, processes):
+    done, folder = trained(kind, processes)
+    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.pt", "final_weights.pt", "log", "params.json"]
+    model = MRL.load_model(folder / "final_weights.pt")
+    assert model.spec["head"] == {"ff": "ff2048"}.get(kind, kind)
+    (record,) = map(json.loads, (folder / "log").read_text().splitlines())
+    sizes = [""] if kind == "ff" else [f"_{d}" for d in MRL.NESTING_LIST]
+    for size in sizes:
+        assert 0 <= record[f"top_1{size}"] <= record[f"top_5{size}"] == 1
+        assert np.isfinite([record[f"val_loss{size}"], record[f"train_loss{size}"]]).all()
+    assert record["val_images"] == 34 and record["resolution"] == 32
+    assert {"timestamp", "relative_time", "current_lr", "val_time", "train_loss", "epoch", "images_per_second",
+            "waiting_for_data", "peak_memory_mb"} <= record.keys()
+    assert record["train_loss"] == pytest.approx(sum(record[f"train_loss{size}"] for size in sizes), rel=1e-5)
+    assert f"run folder: {folder}" in done.stdout and "Traceback" not in done.stderr
+    assert len(re.findall(r"^ +\d+ +\d+\.\d\d +100\.00 ", done.stdout, re.M)) == len(sizes)
+    settings = json.loads((folder / "params.json").read_text())["settings"]
+    assert settings["dist"]["world_size"] == processes and settings["lr"]["lr"] == 0.01
+
+
+def test_two_processes_equal_one_that_accumulates(trained, ffcv_folder):
+    """Each half-batch is normalised by its own statistics; the gradients of both are averaged."""
+    from loaders import normalise, train_loader
+    from recipe import make_optimizer
+    from schedules import iteration_rates
+    from trainer import MEAN, STD
+    _, folder = trained("mrl", 2)
+    s = json.loads((folder / "params.json").read_text(), object_hook=lambda d: type("S", (), d))
+    torch.manual_seed(0)
+    model = MRL.build_model("resnet50", "mrl", num_classes=3).to(memory_format=torch.channels_last)
+    optimizer, criterion = make_optimizer(model, s.settings.training), MRL.Matryoshka_CE_Loss(label_smoothing=0.1)
+    halves = [train_loader(ffcv_folder / "train_500_0.50_90.ffcv", 8, 1, 1, 32, 0, "cpu", indices=half).epoch(0)
+              for half in ordered_halves(60)]
+    steps = list(zip(*[[(x.clone(), y.clone()) for x, y in half] for half in halves], strict=True))
+    assert len(steps) == 3
+    for rate, batches in zip(iteration_rates(0, 3, s.settings.lr, 1), steps, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        for rank, (images, labels) in enumerate(batches):
+            statistics = [b.clone() for b in model.buffers()]
+            loss = criterion(model(normalise(images, torch.tensor(MEAN), torch.tensor(STD))), labels.flatten())
+            (loss / 2).backward()
+            if rank:      # only the first process's running statistics are kept
+                for buffer, before in zip(model.buffers(), statistics, strict=True):
+                    buffer.copy_(before)
+        optimizer.step()
+    final = MRL.load_model(folder / "final_weights.pt").state_dict()
+    for name, value in model.state_dict().items():
+        scale = value.abs().max().clamp(min=1e-3) if value.is_floating_point() else 1
+        assert ((final[name] - value).abs() / scale).max() < 2e-3, name
+
+
+def ordered_halves(images):
+    """The order of the two processes, as PyTorch's sampler gives it to FFCV."""
+    for rank in range(2):
+        sampler = DistributedSampler(range(images), num_replicas=2, rank=rank, shuffle=True, seed=0)
+        sampler.set_epoch(0)
+        yield np.array(list(sampler))
+
+
+def test_weights_can_be_validated_alone(trained, ffcv_folder, run, tmp_path):
+    _, folder = trained("mrl", 1)
+    done = run("train", command(MODELS["mrl"], tmp_path, ffcv_folder, "--training.distributed=0",
+                                f"--training.eval_only=1 --training.path={folder}/final_weights.pt"))
+    (record,) = map(json.loads, (folder / "log").read_text().splitlines())
+    for key in ("top_1_8", "top_5_2048", "val_loss_8"):
+        assert f"{key}: {record[key]:.4f}" in done.stdout
+
+
+def test_one_bad_command_ends_in_one_line(refused, ffcv_folder, tmp_path):
+    line = refused("train", command("--model.mrl=1 --model.fixed_feature=64", tmp_path, ffcv_folder))
+    assert line.startswith("error: --model.fixed_feature=64") and not list(tmp_path.iterdir())

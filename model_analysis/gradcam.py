@@ -104,6 +104,12 @@ def image_paths(path):
     return found
 
 
+def spread(items, n):
+    """-> at most n of the items, evenly spread, in their order."""
+    n = min(n, len(items))
+    return [items[i * len(items) // n] for i in range(n)]
+
+
 def picture(path, resize=256, crop=224):
     """The part of an image that the network sees -> [3, crop, crop] in 0 ... 1."""
     see = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(crop), transforms.ToTensor()])
@@ -121,7 +127,7 @@ def normalise(image):
 def overlay(image, heat, strength=0.5):
     """image [3, H, W] in 0 ... 1, heat [h, w] >= 0 -> [H, W, 3]: the map, scaled to its maximum, over the image."""
     heat = F.interpolate(heat[None, None], size=image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
-    colours = matplotlib.colormaps["turbo"]((heat / heat.max().clamp(min=1e-12)).numpy())[..., :3]
+    colours = matplotlib.colormaps["inferno"]((heat / heat.max().clamp(min=1e-12)).numpy())[..., :3]
     return strength * colours + (1 - strength) * image.permute(1, 2, 0).numpy()
 
 
@@ -141,18 +147,27 @@ def class_ids(num_classes, folder=None):
     return ids
 
 
-def class_names(ids):
-    """-> readable names: a synset's own, else the folder's."""
-    return [superclass.name(one) if one in superclass.synsets() else one for one in ids]
-
-
 def true_classes(paths, ids):
-    """-> [N] class indices by the folder in which each image lies: one of ids, or ImageNetV2's integers."""
+    """-> [N] class indices by the folder in which each image lies, one of ids or ImageNetV2's integers.
+
+    None where no image lies in such a folder; InputError where only some do.
+    """
     index = {one: i for i, one in enumerate(ids)}
     if ids == superclass.classes():
         index |= {str(i): i for i in range(len(ids))}
-    missing = [path for path in paths if path.parent.name not in index]
-    if missing:
-        raise InputError(f"{missing[0]}: its folder is none of the {len(ids)} classes, so its true class is not known; "
-                         "ask for the predicted class")
+    unknown = [path for path in paths if path.parent.name not in index]
+    if len(unknown) == len(paths):
+        return None
+    if unknown:
+        raise InputError(f"{unknown[0]}: its folder is none of the {len(ids)} classes, those of other images are")
     return torch.tensor([index[path.parent.name] for path in paths])
+
+
+def explained(target, truth):
+    """-> the class to explain for each image, as `explain` takes it. target: "predicted", or "true" (= truth)."""
+    if target not in ("predicted", "true"):
+        raise InputError(f'target={target!r}: give "predicted" or "true"')
+    if target == "true" and truth is None:
+        raise InputError('target="true": the folders of these images are no classes of the model, so their true class '
+                         'is not known; give "predicted"')
+    return truth if target == "true" else None

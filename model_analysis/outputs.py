@@ -140,10 +140,9 @@ def load(path, dims):
 
 
 def whole_numbers(path, array):
-    classes = array.astype(np.int64)
-    if (classes != array).any() or (classes < 0).any():
+    if not np.isfinite(array).all() or (array != np.floor(array)).any() or (array < 0).any():
         raise InputError(f"{path}: holds other numbers than class indices")
-    return classes
+    return array.astype(np.int64)
 
 
 def describe(path, array, wanted):

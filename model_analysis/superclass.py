@@ -57,6 +57,11 @@ def name(wnid):
     return next((one for one in own if name_counts()[one] == 1), own[0])
 
 
+def class_names(ids):
+    """-> readable names of class folders: a synset's own, any other as it is."""
+    return [name(one) if one in synsets() else one for one in ids]
+
+
 @cache
 def name_counts():
     return Counter(one for row in synsets().values() for one in row["name"].split(", "))

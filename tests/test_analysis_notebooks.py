@@ -1,0 +1,127 @@
+"""The four notebooks of model_analysis/, from the first cell to the last, on files made by our own inference.
+
+The model is random and the images are noise: two tiny trees, one of ten classes of our own (as the demo's), one with
+the folder names of ImageNet and ImageNet-A.
+"""
+import json
+
+import nbformat
+import numpy as np
+import papermill
+import pytest
+import superclass
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from MRL import build_model
+
+FOLDER = ROOT / "model_analysis"
+NOTEBOOKS = ["Model_Cascades", "Oracle_Upper_Bound_Performance", "Custom_SuperClass_Performance", "GradCAM"]
+PREPARED = "--resize 32 --crop 32 --workers 0"
+
+
+def make_images(folder, classes, each):
+    rng = np.random.default_rng(len(classes))
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for i in range(each):
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
+
+
+def make_run(folder, arch, num_classes):
+    """A run folder as training leaves it, with random weights."""
+    torch.manual_seed(0)
+    model = build_model(arch, "mrl", num_classes=num_classes)
+    folder.mkdir(parents=True)
+    torch.save(model.state_dict(), folder / "final_weights.pt")
+    (folder / "params.json").write_text(json.dumps({"model": model.spec}))
+    return folder / "final_weights.pt"
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """Ten classes of our own: -> (folder of images and run, the checkpoint)."""
+    folder = tmp_path_factory.mktemp("own")
+    make_images(folder / "val", [f"class_{i:02}" for i in range(10)], each=6)
+    return folder, make_run(folder / "run", "resnet18", 10)
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """ImageNet's 1,000 classes and ImageNet-A's 200, an image each: -> (folder of images and run, the checkpoint)."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    make_images(folder / "val", superclass.classes(), each=1)
+    make_images(folder / "imagenet-a", (ROOT / "inference/imagenet_a_synsets.txt").read_text().split(), each=1)
+    return folder, make_run(folder / "run", "shufflenet_v2_x0_5", 1000)
+
+
+def execute(name, tmp_path, **settings):
+    """Run a notebook as a user would from its folder. -> (all text it shows, the folder of its figures)"""
+    done = papermill.execute_notebook(FOLDER / f"{name}.ipynb", tmp_path / f"{name}.ipynb", cwd=FOLDER,
+                                      parameters={**settings, "figures": str(tmp_path)}, progress_bar=False)
+    shown = [output for cell in done.cells for output in cell.get("outputs", [])]
+    assert not [output for output in shown if "Warning" in output.get("text", "")]
+    return "\n".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in shown)
+
+
+def settings_of(notebook):
+    return next(cell for cell in notebook.cells if cell.cell_type == "code")
+
+
+# ------------------------------------------------------------------------------------------------ as they lie there
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebooks_are_short_and_clean(name):
+    """Settings first, no functions, nothing stored, no path of one machine."""
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", 4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert settings_of(notebook).metadata.tags == ["parameters"]
+    assert [cell for cell in code if cell.outputs or cell.execution_count] == []
+    source = "\n".join(cell.source for cell in code)
+    assert "def " not in source and "/home/" not in source and "import *" not in source
+    assert max(len(cell.source.splitlines()) for cell in code) <= 25
+
+
+# ------------------------------------------------------------------------------------------------ executed
+
+def test_cascades_on_own_classes(own, run, tmp_path):
+    folder, checkpoint = own
+    run("inference", f"pytorch_inference.py --path {checkpoint} --data_root {folder} --output {tmp_path} "
+                     f"--save_softmax --save_gt {PREPARED}")
+    shown = execute("Model_Cascades", tmp_path, folder=str(tmp_path), tta=False, seeds=3, fraction=0.5)
+    assert "60 images, 10 classes, sizes [8, 16, 32, 64, 128, 256, 512]" in shown and "paper" not in shown
+    assert (tmp_path / "cascades.png").stat().st_size > 10_000
+
+
+def test_imagenets_classes(imagenet, run, tmp_path):
+    """Superclasses on V1, the oracle on V1 and A, a cascade that is tuned on another set than it is evaluated on."""
+    folder, checkpoint = imagenet
+    for dataset in ("V1", "A"):
+        run("inference", f"pytorch_inference.py --path {checkpoint} --data_root {folder} --output {tmp_path} "
+                         f"--dataset {dataset} --tta --save_softmax --save_predictions --save_gt {PREPARED}")
+    shown = execute("Custom_SuperClass_Performance", tmp_path, folder=str(tmp_path))
+    assert "30 superclasses cover 467 classes" in shown and "n02159955" in shown
+    assert (tmp_path / "superclass.png").exists() and (tmp_path / "superclass_confusion.png").exists()
+
+    shown = execute("Oracle_Upper_Bound_Performance", tmp_path, folder=str(tmp_path), datasets=["V1", "A"])
+    assert "top-1 at 1024 (%)" in shown and "no clear trend" in shown and "All sizes agree on" in shown
+    assert (tmp_path / "oracle.png").stat().st_size > 10_000 and (tmp_path / "classes.png").exists()
+
+    shown = execute("Model_Cascades", tmp_path, folder=str(tmp_path), tune_dataset="A")
+    assert "1000 images, 1000 classes" in shown and "76.56" in shown         # the paper's table beside ours
+
+
+def test_gradcam(own, tmp_path):
+    folder, checkpoint = own
+    shown = execute("GradCAM", tmp_path, checkpoint=str(checkpoint), images=str(folder / "val"), target="true", rows=2,
+                    classes=str(folder / "val"), limit=10, columns=[8, 512], resize=32, crop=32, layer="layer2")
+    assert "mrl resnet18, sizes [8, 16, 32, 64, 128, 256, 512]; 10 images, maps of 4 x 4" in shown
+    assert "top-1 (%)" in shown and "class_0" in shown
+    assert (tmp_path / "gradcam.png").stat().st_size > 10_000
+
+
+def test_without_files_it_says_what_to_run(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match=r"pytorch_inference.py .*--save_softmax --save_gt"):
+        execute("Model_Cascades", tmp_path, folder=str(tmp_path))

@@ -11,6 +11,7 @@ A second run goes on where the first stopped, and checks what is there.
 import argparse
 import shutil
 import tarfile
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -73,9 +74,11 @@ def image_names(source, name):
     return sorted(file for file in names if file.lower().endswith(IMAGES))
 
 
+@contextmanager
 def opened(archive):
     try:
-        return tarfile.open(archive)
+        with tarfile.open(archive) as tar:
+            yield tar
     except tarfile.TarError as error:
         raise InputError(f"{archive}: not a tar file, or truncated ({error})") from None
 
@@ -123,7 +126,7 @@ def verify(output, plan):
         found = {folder.name: {file.name for file in folder.iterdir() if file.exists()}
                  for folder in Path(output, split).iterdir()}
         wrong = [name for name in sorted(found.keys() | plan.keys())
-                 if found.get(name) != set(plan.get(name, {}).get(split, ()))]
+                 if found.get(name) != (set(plan[name][split]) if name in plan else None)]
         if wrong:
             raise InputError(f"{Path(output, split)}: {len(wrong)} folder(s) hold other files than the selection's: "
                              f"{', '.join(wrong[:5])}; remove them and run again")

@@ -78,14 +78,14 @@ def begin(files, about, n, overwrite):
 def allocate(path, shape, dtype):
     """A zeroed .npy file whose blocks are reserved: a full disk is seen here, not as a crash of a mapped write."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    size = rows.offset + rows.nbytes
     try:
+        rows = open_memmap(path, mode="w+", dtype=dtype, shape=shape)
         with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+            os.posix_fallocate(file.fileno(), 0, rows.offset + rows.nbytes)
     except OSError as error:
-        path.unlink()
-        raise InputError(f"{path}: {size / 1e9:.2f} GB are needed: {error.strerror}") from None
+        path.unlink(missing_ok=True)
+        needed = np.prod(shape) * np.dtype(dtype).itemsize / 1e9
+        raise InputError(f"{path}: {needed:.2f} GB are needed: {error.strerror}") from None
 
 
 @torch.inference_mode()

@@ -79,7 +79,7 @@ def test_float16_labels_that_merged_classes_are_refused():
     true = np.arange(4202)
     merged = true.astype(np.float16)
     assert (merged.astype(int) != true).sum() == 1103                   # the figure of the issue
-    with pytest.raises(InputError, match="float16 labels up to 4200, .*classes have been merged"):
+    with pytest.raises(InputError, match=r"float16 labels up to 4200, .*classes have been merged"):
         exact_labels(merged.reshape(-1, 1), "y.npy")
     assert exact_labels(np.arange(2048).astype(np.float16), "y.npy").tolist() == list(range(2048))
     assert exact_labels(true, "y.npy").tolist() == true.tolist()

@@ -1,0 +1,203 @@
+"""Dumps are exact, resumable and shareable: killed and restarted, or made by two processes, the bytes are the same."""
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from eval_sets import ImageSet, Preparation
+from features import Files, dump, embedder
+from image_trees import SIZE, ColourReader, make_tree
+
+from MRL import InputError, build_model
+
+CPU = torch.device("cpu")
+ABOUT = {"checkpoint": "0f", "nesting_list": [2, 4], "dataset": "4K", "split": "val"}
+
+
+class Features(torch.nn.Module):
+    """x [N, 3, H, W] -> 6 features, positive, different for each colour."""
+
+    def forward(self, x):
+        return torch.cat([x.mean((2, 3)), x.amax((2, 3)) ** 2], dim=1).exp()
+
+
+def image_set(folder, classes=7, per_class=3):
+    names = [f"n{i:08}" for i in range(classes)]
+    if not folder.exists():
+        make_tree(folder, names, per_class)
+    return ImageSet(folder, names, None, Preparation(SIZE, SIZE))
+
+
+def write(images, stem, batch_size=4, workers=0, about=ABOUT, model=None, **options):
+    return dump(model or Features(), images, stem, about, CPU, batch_size, workers, **options)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_rows_are_the_first_features_and_labels_are_int64(tmp_path):
+    images = image_set(tmp_path / "tree")
+    about = write(images, tmp_path / "out" / "4K_val_m")
+    X, y = (np.load(tmp_path / "out" / f"4K_val_m-{end}.npy", mmap_mode="r") for end in "Xy")
+    with torch.no_grad():
+        expected = Features()(torch.stack([images[i][0] for i in range(21)]))[:, :4].numpy()
+    assert (X.dtype, y.dtype) == (np.float32, np.int64)
+    np.testing.assert_allclose(X, expected, rtol=1e-6)
+    assert y.tolist() == [i // 3 for i in range(21)]
+    assert about == json.loads((tmp_path / "out" / "4K_val_m-X.json").read_text())
+    assert (about["n"], about["dim"], about["dtype"], about["complete"]) == (21, 4, "float32", True)
+    assert sorted(contents(tmp_path / "out")) == ["4K_val_m-X.json", "4K_val_m-X.npy", "4K_val_m-y.npy"]
+
+
+def test_embeddings_are_what_the_head_reads():
+    torch.manual_seed(0)
+    model = build_model("resnet18", "mrl", num_classes=5).eval()
+    x, head, seen = torch.randn(2, 3, 32, 32), model.fc, []
+    head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(x)
+        assert embedder(model)(x).equal(seen[0])
+
+
+def test_labels_to_4201_survive(tmp_path):
+    """4,202 classes: float16 would merge 1,103 of them."""
+    images = image_set(tmp_path / "tree", classes=4202, per_class=1)
+    write(images, tmp_path / "4K_val_m", batch_size=512)
+    assert np.load(tmp_path / "4K_val_m-y.npy").tolist() == list(range(4202))
+
+
+def test_fp16_storage(tmp_path):
+    images = image_set(tmp_path / "tree")
+    assert write(images, tmp_path / "a", storage="fp16")["dtype"] == "float16"
+    write(images, tmp_path / "b")
+    half, full = np.load(tmp_path / "a-X.npy"), np.load(tmp_path / "b-X.npy")
+    assert half.dtype == np.float16
+    np.testing.assert_array_equal(half, full.astype(np.float16))
+
+
+def test_last_batch_of_one_image_keeps_its_axis(tmp_path):
+    images = image_set(tmp_path / "tree", classes=5, per_class=1)
+    assert write(images, tmp_path / "m", batch_size=4)["n"] == 5
+    assert np.load(tmp_path / "m-X.npy").shape == (5, 4)
+
+
+def test_unreadable_images_stop_or_are_left_out(tmp_path):
+    images = image_set(tmp_path / "tree")
+    write(images, tmp_path / "whole" / "m")
+    for i in (0, 4, 20):
+        images.path(i).write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"1 unreadable image\(s\) in this batch: .*n00000000_0.JPEG"):
+        write(images, tmp_path / "m")
+    about = write(images, tmp_path / "m", skip_bad_images=True)
+    kept = [i for i in range(21) if i not in (0, 4, 20)]
+    assert about["n"] == 18 and about["skipped"] == [str(images.path(i)) for i in (0, 4, 20)]
+    np.testing.assert_array_equal(np.load(tmp_path / "m-X.npy"), np.load(tmp_path / "whole" / "m-X.npy")[kept])
+    assert np.load(tmp_path / "m-y.npy").tolist() == [i // 3 for i in kept]
+
+
+def test_complete_dump_is_not_made_again_and_another_run_does_not_replace_it(tmp_path):
+    images = image_set(tmp_path / "tree")
+    write(images, tmp_path / "out" / "m")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    write(images, tmp_path / "out" / "m", model=ColourReader())          # would fail if it were run
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    other = {**ABOUT, "checkpoint": "1e"}
+    with pytest.raises(InputError, match="checkpoint=0f, not 1e"):
+        write(images, tmp_path / "out" / "m", about=other)
+    assert write(images, tmp_path / "out" / "m", about=other, overwrite=True)["checkpoint"] == "1e"
+
+
+def test_stopped_dump_goes_on_where_it_stopped(tmp_path):
+    images = image_set(tmp_path / "tree")
+    write(images, tmp_path / "whole" / "m")
+
+    class Stops(Features):
+        batches = 0
+
+        def forward(self, x):
+            self.batches += 1
+            if self.batches == 4:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    with pytest.raises(KeyboardInterrupt):
+        write(images, tmp_path / "out" / "m", model=Stops())
+    assert not (tmp_path / "out" / "m-X.npy").exists()
+    counting = Stops()
+    write(images, tmp_path / "out" / "m", model=counting)
+    assert counting.batches == 3                                          # 6 batches, 3 of them done before
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+# A process of its own, so that it can be killed, limited, or one of two.
+DUMP = """
+import sys, time, torch
+import torch.distributed as dist
+sys.path[:0] = [{inference!r}, {tests!r}]
+from pathlib import Path
+from test_features import Features, image_set, write
+
+class Slow(Features):
+    def forward(self, x):
+        time.sleep({seconds})
+        return super().forward(x)
+
+if {processes} > 1:
+    dist.init_process_group("gloo")
+write(image_set(Path({tree!r}), 20, 3), Path({stem!r}), model=Slow())
+"""
+
+
+def script(tmp_path, stem, seconds=0.0, processes=1):
+    path = tmp_path / "dump.py"
+    path.write_text(DUMP.format(inference=str(ROOT / "inference"), tests=str(ROOT / "tests"), seconds=seconds,
+                                processes=processes, tree=str(tmp_path / "tree"), stem=str(stem)))
+    return str(path)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    write(image_set(tmp_path / "tree", 20, 3), tmp_path / "whole" / "m")
+    return contents(tmp_path / "whole")
+
+
+def test_killed_dump_restarted_equals_an_uninterrupted_one(tmp_path, whole):
+    files = Files(tmp_path / "out" / "m")
+    process = subprocess.Popen([sys.executable, script(tmp_path, tmp_path / "out" / "m", seconds=0.3)])
+    try:
+        deadline = time.time() + 60
+        while time.time() < deadline and not (files.plan.exists() and np.load(files.state).sum() >= 12):
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    assert 12 <= np.load(files.state).sum() < 60 and not files.X.exists()      # some of the 60 images are done
+    subprocess.run([sys.executable, script(tmp_path, tmp_path / "out" / "m")], check=True)
+    assert contents(tmp_path / "out") == whole
+
+
+def test_two_processes_write_the_same_file_as_one(tmp_path, whole):
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                    script(tmp_path, tmp_path / "out" / "m", processes=2)], check=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert contents(tmp_path / "out") == whole
+
+
+def test_full_disk_is_one_line_before_any_work(tmp_path, monkeypatch):
+    """A limit on the size of files stands for a full disk: both are an error of the same call."""
+    images = image_set(tmp_path / "tree")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+    try:
+        with pytest.raises(InputError, match=r"m-X.partial.npy: 0.00 GB are needed: File too large"):
+            write(images, tmp_path / "out" / "m", model=ColourReader())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(tmp_path / "out") == {}

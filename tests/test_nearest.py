@@ -1,0 +1,52 @@
+"""1-NN at all sizes at once against faiss on each unit-normalised prefix."""
+import faiss
+import nearest
+import numpy as np
+import pytest
+
+SIZES = [2, 4, 16]
+
+
+@pytest.fixture
+def arrays():
+    rng = np.random.default_rng(0)
+    xb, xq = (np.maximum(rng.standard_normal((n, 16)), 0).astype(np.float32) for n in (500, 90))
+    return xb, xq                                     # as after a ReLU: some 2-prefixes are all zero
+
+
+def faiss_neighbours(xb, xq, size):
+    b, q = (np.ascontiguousarray(x[:, :size]) for x in (xb, xq))
+    faiss.normalize_L2(b)
+    faiss.normalize_L2(q)
+    index = faiss.IndexFlatL2(size)
+    index.add(b)
+    D, I = index.search(q, 1)
+    return b, q, D[:, 0], I[:, 0]
+
+
+def test_same_distances_as_faiss(arrays, monkeypatch):
+    monkeypatch.setattr(nearest, "QUERIES", 40)       # several blocks of each, the last one smaller
+    monkeypatch.setattr(nearest, "DATABASE", 200)
+    xb, xq = arrays
+    assert (xb[:, :2] == 0).all(1).any() and (xq[:, :2] == 0).all(1).any()
+    found = nearest.nearest(xb, xq, SIZES)
+    assert found.shape == (3, 90) and found.dtype == np.int64
+    for g, size in enumerate(SIZES):
+        b, q, D, I = faiss_neighbours(xb, xq, size)
+        np.testing.assert_allclose(((q - b[found[g]]) ** 2).sum(1), D, atol=2e-6)
+        if size == 16:                                # no ties: the same neighbours
+            assert (found[g] == I).all()
+
+
+def test_by_hand():
+    xb = np.array([[1, 0, 0], [0, 1, 9], [0, 0, 1]], np.float32)
+    xq = np.array([[5, 1, 0], [1, 2, 7]], np.float32)
+    # size 1: directions 1, 0, 0 and 1, 1: row 0. size 3: row 0; (1, 2, 7) is nearest to (0, 1, 9)
+    assert nearest.nearest(xb, xq, [1, 3]).tolist() == [[0, 0], [0, 1]]
+
+
+def test_read_only_arrays_are_left_as_they_are(arrays, tmp_path):
+    np.save(tmp_path / "xb.npy", arrays[0])
+    xb = np.load(tmp_path / "xb.npy", mmap_mode="r")
+    nearest.nearest(xb, arrays[1], SIZES)
+    np.testing.assert_array_equal(xb, arrays[0])

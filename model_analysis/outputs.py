@@ -131,8 +131,8 @@ def load(path, dims):
         raise InputError(f"{path}: not a saved tensor, or truncated ({reason})") from None
     if dims > 1 and array.ndim == dims - 1:                 # the original's fixed-feature files have no axis for sizes
         array = array[None]
-    if dims == 1:
-        array = array.reshape(len(array), -1)[:, 0]         # and some of its labels are [N, 1]
+    if dims == 1 and array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]                                 # and some of its labels are [N, 1]
     if array.ndim != dims or not array.size:
         raise InputError(f"{path}: has shape {list(array.shape)}, expected "
                          f"{['[N]', '[G, N]', '[G, N, C]'][dims - 1]} with N > 0")

@@ -175,6 +175,12 @@ def test_wrong_shape(folder, shape):
     assert "expected [G, N, C]" in refusal(folder, "softmax", "mrl", "V1", True)
 
 
+@pytest.mark.parametrize("shape", [(N, 2), (0,)])
+def test_labels_of_wrong_shape(folder, shape):
+    save(folder, "gt_dataset=V1", np.ones(shape, int))
+    assert "expected [N] with N > 0" in refusal(folder, "softmax", "mrl", "V1", True)
+
+
 def test_truncated_or_foreign_file(folder):
     path = folder / f"{MRL_V1}_softmax.pth"
     path.write_bytes(path.read_bytes()[:500])

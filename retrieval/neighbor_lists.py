@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from arrays import fits, read_array, read_json, record_file, recorded
 from tqdm import tqdm
 
@@ -68,7 +69,7 @@ def list_files(folder, dataset, model):
             recipe, its_dataset = parse_list_file(path) or (None, None)
             if its_dataset == dataset and recipe not in found.values():
                 found[path] = recipe
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+    return dict(sorted(found.items(), key=lambda item: (min(len(item[1].rerank_dims), 2), item[1])))
 
 
 def read_list(path, n, q):
@@ -84,9 +85,9 @@ def read_list(path, n, q):
 
 def read_csv(path):
     try:
-        return np.loadtxt(path, dtype=np.int64, delimiter=",", ndmin=2).astype(np.int32)
+        return pd.read_csv(path, header=None, dtype=np.int32).to_numpy()
     except ValueError as error:
-        raise InputError(f"{path}: not a CSV of integers without a header ({error})") from None
+        raise InputError(f"{path}: not a CSV of integers without a header ({str(error).strip()})") from None
 
 
 def write_list(path, record, shape, find, chunk, **measured):
@@ -110,7 +111,7 @@ def write_list(path, record, shape, find, chunk, **measured):
             bar.update(hi - lo)
     with recorded(path, record | measured | {"seconds": state["seconds"]}) as temporary:
         if path.suffix == ".csv":
-            np.savetxt(temporary, I, fmt="%d", delimiter=",")
+            pd.DataFrame(I).to_csv(temporary, header=False, index=False)
         else:
             os.replace(partial, temporary)
     partial.unlink(missing_ok=True)

@@ -6,10 +6,12 @@
 
 xb [n, D] database and xq [q, D] queries are float32 or float16, not normalised, and may be memory-mapped. Prefixes are
 cut to unit length here, so that the squared L2 distance is 2 - 2 cosine. D [q, k] float32 squared distances, nearest
-first; I [q, k] int64 database rows, -1 where the graph found no more (efSearch >= k keeps that from happening).
+first; I [q, k] int64 database rows. A graph keeps efSearch >= k candidates, so that it fills its lists; where it finds
+too few even so (many equal vectors, as at size 1), the rest is -1 at distance inf.
 retrieve.py and faiss_nn.ipynb write what comes out of here to files.
 """
 import importlib.util
+import operator
 import os
 import subprocess
 import sys
@@ -27,6 +29,7 @@ INDEXES = {"exactl2": None, "hnsw32": 32, "hnsw8": 8}      # the graph's links p
 EF_SEARCH = 64                # candidates a graph search keeps, at least; at least k in any case
 MEMORY_GB = 4                 # of normalised vectors held at once; above it exact search reads the file in blocks
 ROWS = 65536                  # added to an index at a time
+PRODUCTS = 2 ** 28            # that torch holds at a time: 1 GiB
 AVX2_KERNELS = {"Haswell", "Zen", "Excavator", "SkylakeX", "Cooperlake", "SapphireRapids"}
 
 
@@ -87,6 +90,7 @@ def check_sizes(xb, dim, index="exactl2"):
         raise InputError(f"unknown index {index!r}: {', '.join(INDEXES)}")
     if not 1 <= dim <= xb.shape[1]:
         raise InputError(f"size {dim} is not between 1 and the {xb.shape[1]} dimensions of the embeddings")
+    return operator.index(dim)                # FAISS takes Python's integers only
 
 
 def check_queries(xb, xq, k):
@@ -94,6 +98,7 @@ def check_queries(xb, xq, k):
         raise InputError(f"the queries have {xq.shape[1]} dimensions, the database {xb.shape[1]}")
     if not 1 <= k <= len(xb):
         raise InputError(f"k={k} is not between 1 and the {len(xb)} vectors of the database")
+    return operator.index(k)
 
 
 # ------------------------------------------------------------------------------------------------ search
@@ -113,17 +118,20 @@ def searcher(xb, retrieval_dim, index="exactl2", file=None, record=None, device=
     to be used again. device: auto, cpu or cuda, for exact search (a graph is searched on the CPU). Exact search of more
     than memory_gb of prefixes keeps nothing: each call reads xb in blocks of that size.
     """
-    check_sizes(xb, retrieval_dim, index)
+    retrieval_dim = check_sizes(xb, retrieval_dim, index)
     device = choose_device(device)
+    if memory_gb <= 0:
+        raise InputError(f"memory_gb={memory_gb}: must be more than 0")
     block = max(1, int(memory_gb * 1e9) // (4 * retrieval_dim))
     streamed = index == "exactl2" and len(xb) > block
     built = None if streamed else built_index(xb, retrieval_dim, index, file, record)
 
     def find(xq, k):
-        check_queries(xb, xq, k)
+        k = check_queries(xb, xq, k)
         q = unit(xq, retrieval_dim, "the queries")
         if index != "exactl2":
-            return built.search(q, k, params=faiss.SearchParametersHNSW(efSearch=max(k, EF_SEARCH)))
+            D, I = built.search(q, k, params=faiss.SearchParametersHNSW(efSearch=max(k, EF_SEARCH)))
+            return np.where(I < 0, np.inf, D), I
         return exact(unit_blocks(xb, retrieval_dim, block) if streamed else [(0, vectors(built))], q, k, device)
 
     return find
@@ -161,7 +169,7 @@ def torch_products(q, block, k, device):
     """`products` on any torch device, in full float32: with TF32 it would not be exact search."""
     torch.set_float32_matmul_precision("highest")
     block_t = torch.from_numpy(block).to(device).T
-    rows = max(1, 2 ** 28 // len(block))                  # of queries at a time: 1 GiB of products
+    rows = max(1, PRODUCTS // len(block))                 # queries at a time
     best = [(torch.from_numpy(q[lo:lo + rows]).to(device) @ block_t).topk(k) for lo in range(0, len(q), rows)]
     return tuple(torch.cat([b[part] for b in best]).cpu().numpy() for part in (0, 1))
 
@@ -235,9 +243,8 @@ def adaptive_index(xb, retrieval_dim, rerank_dim=None, index="hnsw32", shortlist
     storage: float32 or float16, of the vectors that the second stage keeps (n * rerank_dim numbers in memory).
     file, record: as for `searcher`.
     """
-    rerank_dim = rerank_dim or xb.shape[1]
-    check_sizes(xb, retrieval_dim, index)
-    check_sizes(xb, rerank_dim)
+    retrieval_dim = check_sizes(xb, retrieval_dim, index)
+    rerank_dim = check_sizes(xb, rerank_dim or xb.shape[1])
     built = (read_index(file) if file and fits(file, record) else
              new_adaptive_index(xb.shape[1], retrieval_dim, rerank_dim, index, shortlist, storage))
     fill(built, xb, lambda lo, rows: checked(rows, retrieval_dim, rerank_dim, first=lo), file, record)

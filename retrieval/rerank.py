@@ -16,7 +16,7 @@ from tqdm import tqdm
 from MRL import InputError
 
 PAIRS = 2 ** 20           # (query, candidate) pairs at a time
-HALF_PAIRS = 2 ** 14      # the same for float16 databases, whose rows are converted: 128 MiB of 2,048-d float32
+COPIED_PAIRS = 2 ** 14    # the same for float16 databases, whose rows are converted: 128 MiB of 2,048-d float32
 
 
 def rerank(xb, xq, I, rerank_dim, shortlist):
@@ -53,11 +53,11 @@ def check(xb, xq, I, dim, shortlist):
 
 def cosines(xb, xq, I, dim):
     """-> [q, s] float32 cosine of each query and candidate on the first dim numbers; -inf where I is -1."""
-    candidates, xq = I.ravel(), plain(np.asarray(xq, np.float32))
+    candidates, xq = I.ravel().astype(np.int64), read_only(np.ascontiguousarray(xq, np.float32))
     refuse(~(np.einsum("qd,qd->q", xq[:, :dim], xq[:, :dim]) > 0), np.arange(len(xq)), "the queries", dim)
     values = np.full(candidates.size, -np.inf, np.float32)
     pairs = in_row_order(candidates, len(xb))
-    step = PAIRS if xb.dtype == np.float32 else HALF_PAIRS
+    step = PAIRS if in_place(xb) else COPIED_PAIRS
     for lo in tqdm(range(0, len(pairs), step), desc="re-ranking", delay=2, leave=False):
         part = pairs[lo:lo + step]
         x, rows = as_float32(xb, candidates[part], dim)
@@ -83,15 +83,19 @@ def in_row_order(candidates, n):
 
 
 def as_float32(xb, rows, dim):
-    """-> (float32 array, row numbers in it): xb itself where it is float32, else a copy of the rows needed."""
-    if xb.dtype == np.float32:
-        return plain(xb), rows
+    """-> (float32 array, row numbers in it): xb itself where it can stay, else a copy of the rows needed."""
+    if in_place(xb):
+        return read_only(xb), rows
     distinct, places = np.unique(rows, return_inverse=True)
-    return plain(xb[distinct, :dim].astype(np.float32)), places
+    return read_only(np.ascontiguousarray(xb[distinct, :dim], np.float32)), places
 
 
-def plain(x):
-    """A read-only plain view: whatever the caller holds, the kernel is compiled once."""
+def in_place(xb):
+    return xb.dtype == np.float32 and xb.flags.c_contiguous
+
+
+def read_only(x):
+    """A view that numba takes for the same type whatever the caller holds, so that it compiles once."""
     view = np.asarray(x).view()
     view.flags.writeable = False
     return view

@@ -76,7 +76,7 @@ def add_k(command):
 
 def add_metrics(command):
     command.add_argument("lists", nargs="*", help=".npy or .csv files (all of the data set and model in neighbors/)")
-    command.add_argument("--ks", type=int, nargs="+", default=KS, help="(10 25 50 100)")
+    command.add_argument("--ks", type=int, nargs="+", default=KS, help="(10 25 50 100), as far as a list goes")
 
 
 def add_report(command):

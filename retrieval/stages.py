@@ -134,7 +134,7 @@ def there_or_made(task, data, recipe, shape, prepare, chunk, before=None):
 
 def spellings(file):
     """Our name and the original's, which has spaces in its lists."""
-    return {file, file.with_name(file.name.replace(",", ", "))}
+    return file, file.with_name(file.name.replace(",", ", "))
 
 
 def usable(file, record):

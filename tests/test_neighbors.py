@@ -1,0 +1,266 @@
+"""neighbors.py: every index type against brute force, on small data of random shapes; blocks equal one pass."""
+import os
+import subprocess
+import sys
+
+import neighbors
+import numpy as np
+import pytest
+import retrieval_world
+import torch
+from neighbors import (
+    adaptive_index,
+    adaptive_search,
+    openblas_kernels,
+    read_adaptive_index,
+    search,
+    searcher,
+    torch_products,
+    unit,
+)
+from retrieval_world import assert_nearest, distances
+
+from MRL import InputError
+
+SHAPES = [tuple(np.random.default_rng(seed).integers((30, 1, 3), (900, 50, 70))) for seed in range(6)]
+
+
+@pytest.fixture(scope="module")
+def world():
+    xb, _, xq, _ = retrieval_world.world(3000, 60, 64)
+    return xb, xq
+
+
+@pytest.mark.parametrize("index", neighbors.INDEXES)
+@pytest.mark.parametrize("n, q, d", SHAPES)
+def test_every_index_and_size_equals_brute_force(index, n, q, d):
+    xb, _, xq, _ = retrieval_world.world(n, q, d, seed=n)
+    for dim in sorted({1, 2, d // 2, d}) if index == "exactl2" else sorted({max(2, d // 2), d}):
+        k = min(n, 25)
+        D, I = search(xb, xq, dim, k, index)
+        assert D.shape == I.shape == (q, k) and D.dtype == np.float32
+        if index == "exactl2":
+            assert_nearest(xb, xq, dim, I, D)
+        else:
+            truth = np.sort(distances(xb, xq, dim), 1)[:, :k]
+            assert (truth[:, -1:] + 2e-6 >= D).mean() > 0.97            # as near as the k-th, but for a few
+            assert (I >= 0).all()
+            np.testing.assert_allclose(D, np.take_along_axis(distances(xb, xq, dim), I, 1), atol=2e-6)
+
+
+def test_the_whole_database_in_order():
+    xb, _, xq, _ = retrieval_world.world(70, 5, 12)
+    for index in neighbors.INDEXES:
+        D, I = search(xb, xq, 12, 70, index)
+        assert_nearest(xb, xq, 12, I, D)
+
+
+@pytest.mark.parametrize("index, recall", [("hnsw32", 0.99), ("hnsw8", 0.97)])
+def test_a_graphs_list_has_no_holes(world, index, recall):
+    xb, xq = world
+    exact = search(xb, xq, 16, 1000)[1]
+    found = search(xb, xq, 16, 1000, index)[1]
+    assert (found >= 0).all()                                           # efSearch >= k
+    assert np.mean([len(set(a) & set(b)) / 1000 for a, b in zip(found, exact, strict=True)]) > recall
+
+
+@pytest.mark.parametrize("rows", [1000, 999, 50])
+def test_blocks_equal_one_pass(world, rows):
+    xb, xq = world
+    D, I = search(xb, xq, 16, 70)
+    blocks_D, blocks_I = search(xb, xq, 16, 70, memory_gb=rows * 16 * 4 / 1e9)
+    assert_nearest(xb, xq, 16, blocks_I, blocks_D)
+    np.testing.assert_allclose(blocks_D, D, atol=2e-6)
+    assert (np.sort(blocks_I) == np.sort(I)).mean() > 0.999
+
+
+@pytest.mark.parametrize("index", neighbors.INDEXES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_memory_maps_and_float16_are_searched_and_left_as_they_are(world, tmp_path, index, dtype):
+    paths = [tmp_path / "xb.npy", tmp_path / "xq.npy"]
+    for path, x in zip(paths, world, strict=True):
+        np.save(path, x.astype(dtype))
+    xb, xq = (np.load(path, mmap_mode="r") for path in paths)
+    D, I = search(xb, xq, 7, 10, index)
+    if index == "exactl2":
+        assert_nearest(xb, xq, 7, I, D)
+    assert (search(np.array(xb), np.array(xq), 7, 10, index)[0] <= D + 1e-3).mean() > 0.95
+    assert all(np.array_equal(np.load(path), x.astype(dtype)) for path, x in zip(paths, world, strict=True))
+
+
+@pytest.mark.parametrize("rows", [2 ** 28, 2000])
+def test_torch_gives_the_same_as_faiss(world, rows, monkeypatch):
+    xb, xq = world
+    monkeypatch.setattr("neighbors.PRODUCTS", rows * 3)
+    torch.set_float32_matmul_precision("high")                          # TF32 must not reach distances
+    S, I = torch_products(unit(xq, 16), unit(xb, 16), 30, "cpu")
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert_nearest(xb, xq, 16, I, 2 - 2 * S)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_gives_the_same_as_the_cpu(world):
+    xb, xq = world
+    for dim, k in ((8, 100), (64, 2500)):
+        D, I = search(xb, xq, dim, k, device="cuda")
+        assert_nearest(xb, xq, dim, I, D)
+
+
+def test_numpys_integers_are_sizes_too(world):
+    assert np.array_equal(search(*world, np.int64(16), np.int32(5), "hnsw32")[1], search(*world, 16, 5, "hnsw32")[1])
+
+
+def test_what_a_graph_does_not_find_is_minus_one_and_far():
+    signs = np.random.default_rng(0).choice(np.float32([-1, 1]), (2000, 1))       # only two different vectors
+    D, I = search(signs, signs[:20], 1, 2000, "hnsw8")
+    assert ((I < 0) == np.isinf(D)).all() and np.isinf(D).any()
+
+
+def test_one_query_equals_its_row_in_a_batch(world):
+    xb, xq = world
+    find = searcher(xb, 16)
+    together = find(xq, 10)[0]
+    alone = np.concatenate([find(xq[i:i + 1], 10)[0] for i in range(len(xq))])
+    np.testing.assert_allclose(alone, together, atol=2e-6)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+@pytest.mark.parametrize("index", neighbors.INDEXES)
+def test_an_index_is_kept_and_used_again_only_for_its_embeddings(world, tmp_path, index, monkeypatch):
+    xb, xq = world
+    file, other = tmp_path / "1K_16dim.index", xb[::-1].copy()
+    built = []
+    monkeypatch.setattr("neighbors.new_index", lambda *of: built.append(of) or new_index(*of))
+    first = searcher(xb, 16, index, file, {"database": "a"})(xq, 5)
+    again = searcher(xb, 16, index, file, {"database": "a"})(xq, 5)
+    assert len(built) == 1 and np.array_equal(first[1], again[1])
+    changed = searcher(other, 16, index, file, {"database": "b"})(xq, 5)
+    assert len(built) == 2 and (changed[1] == len(xb) - 1 - first[1]).mean() > 0.95
+
+
+new_index = neighbors.new_index
+
+
+def test_an_interrupted_index_is_completed(world, tmp_path, monkeypatch):
+    xb, _ = world
+    file = tmp_path / "1K_16dim.index"
+    monkeypatch.setattr("neighbors.ROWS", 1000)
+    monkeypatch.setattr("time.monotonic", iter(range(0, 100_000, 61)).__next__)     # each step is a minute
+    adds = []
+
+    def unit_until(x, dim, what="the database", first=0):
+        adds.append(first)
+        if adds == [0, 1000]:
+            raise KeyboardInterrupt
+        return unit(x, dim, what, first)
+    monkeypatch.setattr("neighbors.unit", unit_until)
+    with pytest.raises(KeyboardInterrupt):
+        neighbors.built_index(xb, 16, "hnsw32", file, {"database": "a"})
+    assert neighbors.built_index(xb, 16, "hnsw32", file, {"database": "a"}).ntotal == 3000
+    assert adds == [0, 1000, 1000, 2000]
+
+
+def test_a_broken_index_file_is_refused(world, tmp_path):
+    file = tmp_path / "1K_16dim.index"
+    searcher(world[0], 16, "exactl2", file, {})
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"1K_16dim.index: not a complete FAISS index; delete it"):
+        searcher(world[0], 16, "exactl2", file, {})
+
+
+# ------------------------------------------------------------------------------------------------ adaptive index
+
+@pytest.mark.parametrize("storage", ["float32", "float16"])
+@pytest.mark.parametrize("index", neighbors.INDEXES)
+@pytest.mark.parametrize("rerank_dim", [None, 40])
+def test_the_adaptive_index_is_shortlist_and_rerank(world, tmp_path, index, storage, rerank_dim):
+    xb, xq = world
+    file = tmp_path / "a.index"
+    built = adaptive_index(xb, 8, rerank_dim, index, shortlist=100, storage=storage, file=file, record={})
+    slack = 2e-6 if storage == "float32" else 2e-3
+    for k, shortlist in ((10, 100), (7, 100), (1, 1), (3, 50)):
+        D, I = adaptive_search(built, xq, k, shortlist)
+        if index == "exactl2":
+            among = search(xb, xq, 8, shortlist)[1]
+            assert_nearest(xb, xq, rerank_dim or 64, I, D, among, slack)
+        assert (I >= 0).all() and (np.diff(D) >= 0).all()
+    served = read_adaptive_index(file)
+    assert np.array_equal(adaptive_search(served, xq, 10, 100)[1], adaptive_search(built, xq, 10, 100)[1])
+    assert np.array_equal(served.search(xq, 10)[1], adaptive_search(built, xq, 10, 100)[1])   # FAISS alone
+
+
+def test_adaptive_graph_and_flat_first_stage_agree(world):
+    xb, xq = world
+    lists = [adaptive_search(adaptive_index(xb, 16, index=index), xq, 10)[1] for index in ("hnsw32", "exactl2")]
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(*lists, strict=True)]) > 0.99
+
+
+@pytest.mark.parametrize("k, shortlist", [(10, 5), (0, 5), (10, 3001)])
+def test_adaptive_search_refuses_lengths_that_do_not_fit(world, k, shortlist):
+    with pytest.raises(InputError, match="must be 1 <= k <= shortlist <= 3000"):
+        adaptive_search(adaptive_index(world[0], 8, index="exactl2"), world[1], k, shortlist)
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+@pytest.mark.parametrize("index", neighbors.INDEXES)
+@pytest.mark.parametrize("value", [0, np.nan, np.inf])
+def test_vectors_without_direction_are_named(world, index, value):
+    xb, xq = (x.copy() for x in world)
+    xb[[77, 78], :16] = value
+    with pytest.raises(InputError, match=r"the database: row 77 is zero or not finite .* 16 numbers \(2 such"):
+        search(xb, xq, 16, 5, index)
+    with pytest.raises(InputError, match="the database: row 77"):
+        search(xb, xq, 16, 5, memory_gb=70 * 64 / 1e9)                  # in the second block
+    with pytest.raises(InputError, match="the database: row 77"):
+        adaptive_index(xb, 16, index=index)
+    xq[3, 0] = np.nan
+    with pytest.raises(InputError, match="the queries: row 3"):
+        search(world[0], xq, 16, 5, index)
+    with pytest.raises(InputError, match="the queries: row 3"):
+        adaptive_search(adaptive_index(world[0], 16, index=index), xq, 5)
+
+
+@pytest.mark.parametrize("settings, complaint", [
+    ({"retrieval_dim": 65}, "size 65 is not between 1 and the 64"), ({"retrieval_dim": 0}, "size 0"),
+    ({"k": 3001}, "k=3001 is not between 1 and the 3000"), ({"k": 0}, "k=0"),
+    ({"index": "hnsw_32"}, "unknown index 'hnsw_32': exactl2, hnsw32, hnsw8"),
+    ({"device": "gpu"}, "unknown device 'gpu'"), ({"memory_gb": 0}, "memory_gb=0")])
+def test_settings_that_do_not_fit_are_refused(world, settings, complaint):
+    with pytest.raises(InputError, match=complaint):
+        search(*world, **{"retrieval_dim": 16, "k": 10} | settings)
+
+
+def test_queries_of_another_width_are_refused(world):
+    with pytest.raises(InputError, match="the queries have 32 dimensions, the database 64"):
+        search(world[0], world[1][:, :32], 16, 5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_gpu_that_is_not_there_is_an_error(world):
+    with pytest.raises(InputError, match="device cuda was asked for"):
+        search(*world, 16, 5, device="cuda")
+
+
+# ------------------------------------------------------------------------------------------------ kernels
+
+def kernels_in_a_new_process(retrieval, **environment):
+    ask = ("import neighbors, os; print(os.environ.get('OPENBLAS_CORETYPE')); print(neighbors.openblas_kernels())")
+    done = subprocess.run([sys.executable, "-c", ask], cwd=retrieval, capture_output=True, text=True, check=True,
+                          env={k: v for k, v in os.environ.items() if k != "OPENBLAS_CORETYPE"} | environment)
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(openblas_kernels() is None, reason="this FAISS has no OpenBLAS of its own")
+def test_matrix_products_fit_the_processor(request):
+    chosen, used = kernels_in_a_new_process(request.config.rootpath / "retrieval")
+    modern = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    assert (used in neighbors.AVX2_KERNELS) == modern
+    assert chosen in ("None", used)
+
+
+@pytest.mark.skipif(openblas_kernels() is None, reason="this FAISS has no OpenBLAS of its own")
+def test_a_choice_in_the_environment_stays(request):
+    assert kernels_in_a_new_process(request.config.rootpath / "retrieval", OPENBLAS_CORETYPE="Nehalem") == [
+        "Nehalem", "Nehalem"]

@@ -1,0 +1,125 @@
+"""report.py: the lists of the study, what its table and pictures hold, and when the paper's curve is drawn."""
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import retrieval_world
+from metrics import mflops_per_query
+from report import PAPER, draw_costs, draw_sizes, in_per_cent, paper_table, recipes, report
+from stages import Task
+
+from MRL import InputError
+
+SIZES = [8, 16, 32, 64, 128, 256, 512, 1024, 2048]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    arrays = retrieval_world.world(400, 30, 16)
+    retrieval_world.write(folder / "in", arrays, nesting_list=[2, 4, 8, 16])
+    task = Task(str(folder / "in"), str(folder / "out"))
+    return task, report(task, ["exactl2", "hnsw32"], shortlist=50, ks=[10, 25])
+
+
+def test_the_studys_lists_are_the_papers():
+    all_1k, all_4k = recipes(SIZES, "1K", 200, 1281167), recipes(SIZES, "4K", 200, 4202000)
+    assert len(all_1k) == 36 + 3 and (16, (2048,), (200,)) in all_1k
+    assert all_1k[36:] == [(8, (16, 32, 64, 128, 2048), (800, 400, 200, 50, 10)),
+                           (16, (32, 64, 128, 256, 2048), (200, 100, 50, 25, 10)),
+                           (32, (64, 128, 256, 512, 2048), (200, 100, 50, 25, 10))]
+    assert all_4k[36:] == [(32, (64, 128, 256, 512, 2048), (800, 400, 200, 50, 10)),
+                           (64, (128, 256, 512, 1024, 2048), (800, 400, 200, 50, 10))]
+
+
+def test_few_sizes_and_a_small_database_shorten_the_funnels():
+    assert recipes([2, 4, 8, 16, 32, 64], "1K", 200, 300)[15:] == [
+        (2, (4, 8, 16, 32, 64), (300, 300, 200, 50, 10)), (4, (8, 16, 32, 64), (100, 50, 25, 10)),
+        (8, (16, 32, 64), (50, 25, 10))]
+    assert recipes([8, 16], "1K", 200, 300) == [(8, (16,), (200,))]
+    assert recipes([8], "1K", 200, 300) == []
+
+
+def test_the_table_has_every_list_once(study):
+    _, table = study
+    for _, rows in table.groupby("index"):
+        assert rows.method.value_counts().to_dict() == {"single-shot": 4, "adaptive": 6, "funnel": 2}
+    assert not table.duplicated(["index", "retrieval_dim", "rerank_dims", "shortlists"]).any()
+    assert (table[["queries_per_s", "ms_per_query"]] > 0).all().all()
+    assert table[["top1", "mAP@10", "topk@10"]].le(1).all().all()
+    exact = table[(table["index"] == "exactl2") & (table.method == "single-shot")]
+    assert exact["mAP@10"].is_monotonic_increasing
+    assert exact.mflops.tolist() == [mflops_per_query(400, d) for d in (2, 4, 8, 16)]
+
+
+def test_what_is_written_is_the_table_and_two_pictures(study):
+    task, table = study
+    folder = f"{task.output}/report/1K_mrl_"
+    written = pd.read_csv(f"{folder}report.csv", dtype={"rerank_dims": str, "shortlists": str}, keep_default_na=False)
+    assert np.allclose(written["mAP@10"].astype(float), table["mAP@10"])
+    for picture in ("size", "cost"):
+        pixels = plt.imread(f"{folder}{picture}.png")
+        assert min(pixels.shape[:2]) > 300 and pixels.std() > 0.05
+
+
+def test_a_second_report_makes_nothing_again(study, monkeypatch):
+    task, table = study
+    monkeypatch.setattr("stages.write_list", lambda *of, **more: pytest.fail("a list was made again"))
+    again = report(task, ["exactl2", "hnsw32"], shortlist=50, ks=[10, 25])
+    pd.testing.assert_frame_equal(again, table)
+
+
+def test_the_printed_table_is_in_per_cent(study):
+    _, table = study
+    printed = in_per_cent(table.assign(top1=0.1234))
+    assert "12.34" in printed and "@25" not in printed
+
+
+def test_a_default_size_with_zero_vectors_is_left_out_and_said_so(tmp_path, capsys):
+    xb, yb, xq, yq = retrieval_world.world(100, 10, 8)
+    xb[5, :2] = 0
+    retrieval_world.write(tmp_path, (xb, yb, xq, yq), nesting_list=[2, 4, 8])
+    task = Task(str(tmp_path), str(tmp_path / "out"))
+    assert 2 not in set(report(task, ks=[10]).retrieval_dim)
+    assert "size 2 left out: the database: row 5 is zero" in capsys.readouterr().out
+    with pytest.raises(InputError, match="row 5 is zero"):
+        report(task, sizes=[2, 4])
+
+
+def test_fixed_features_are_searched_size_by_size(tmp_path):
+    for d in (4, 8):
+        retrieval_world.write(tmp_path, retrieval_world.world(100, 10, d, seed=d), model="mrl0_e0")
+    table = report(Task(str(tmp_path), str(tmp_path / "out"), model="ff"), ks=[10])
+    assert table[["method", "retrieval_dim"]].to_numpy().tolist() == [["single-shot", 4], ["single-shot", 8]]
+
+
+def legend(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize("classes, drawn", [(1000, True), (20, False)])
+def test_the_papers_curve_stands_beside_imagenets_only(tmp_path, study, classes, drawn):
+    n, rng = 4000, np.random.default_rng(0)
+    y = np.arange(n) % classes
+    retrieval_world.write(tmp_path, (rng.random((n, 16), np.float32), y, rng.random((9, 16), np.float32), y[:9]))
+    task, table = Task(str(tmp_path)), study[1]
+    paper = paper_table(task)
+    assert bool(len(paper)) == drawn
+    for draw in (draw_sizes, draw_costs):
+        figure = draw(table, paper, task)
+        assert ("the paper's" in legend(figure.axes[0])) == drawn
+        plt.close(figure)
+    assert not len(paper_table(task._replace(embeddings=study[0].embeddings)))
+
+
+def test_the_papers_curves_are_consistent():
+    paper = pd.read_csv(PAPER, dtype={"rerank_dims": str, "shortlists": str}, keep_default_na=False,
+                        na_values={"top1": "", "mAP@10": ""})
+    for row in paper.itertuples():
+        dims, lengths = ([int(x) for x in text.split(",") if x] for text in (row.rerank_dims, row.shortlists))
+        n = {"1K": 1281167, "4K": 4202000}[row.dataset]
+        assert row.mflops == pytest.approx(mflops_per_query(n, row.retrieval_dim, dims, lengths), rel=1e-5)
+    mrl = paper[(paper.dataset == "1K") & (paper.model == "mrl")].set_index(["retrieval_dim", "rerank_dims"])
+    assert mrl.loc[(16, "2048"), "mAP@10"] == 0.6527 and mrl.loc[(2048, ""), "mAP@10"] == 0.6520
+    assert mrl.loc[(16, ""), "top1"] == 0.6791
+    assert len(paper) == 6 * 9 + 9 + (8 + 7 + 6 + 5) + (8 + 7 + 6 + 5 + 4 + 3) + 5

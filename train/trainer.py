@@ -92,7 +92,7 @@ class Trainer:
         Both are counted from the first batch on: FFCV compiles its pipeline before it.
         """
         s, now = self.settings, launch.Clock(self.device).now
-        rates = schedules.iteration_rates(self.epoch, len(loader), s.lr, s.training.epochs)
+        rates = schedules.iteration_rates(self.epoch, len(loader), s.lr, s.training.epochs).tolist()
         loader.set_resolution(schedules.resolution(self.epoch, **vars(s.resolution)))
         train_mode(self.parallel)
         batches = loader.epoch(self.epoch, self.step)

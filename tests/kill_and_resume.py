@@ -1,0 +1,103 @@
+"""Kill training with SIGKILL at random moments, resume it, and compare with the run that nobody killed.
+
+    python tests/kill_and_resume.py --runs 20      about 15 minutes on 2 cores
+
+Prints a line a run; exit status 1 if any differs. tests/test_resume.py runs a short form of it.
+"""
+import argparse
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+TRAIN = Path(__file__).resolve().parent.parent / "train"
+# Short epochs and a model of 45 MB: a good part of the time goes into saving checkpoints, so that kills hit saves too.
+SETTINGS = ("--model.arch=resnet18 --model.mrl=1 --model.num_classes=2 --resolution.min_res=32 --resolution.max_res=32 "
+            "--validation.resolution=32 --training.epochs=8 --training.batch_size=8 --training.device=cpu --lr.lr=0.01 "
+            "--data.num_workers=1 --data.in_memory=1 --logging.log_level=0").split()
+
+
+def command(ffcv, logs, name, *changes):
+    data = [f"--data.train_dataset={ffcv}", f"--data.val_dataset={ffcv}", f"--logging.folder={logs}"]
+    return [sys.executable, "train_imagenet.py", *data, f"--logging.name={name}", *SETTINGS, *changes]
+
+
+def start(words):
+    return subprocess.Popen(words, cwd=TRAIN, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finish(words):
+    done = subprocess.run(words, cwd=TRAIN, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def make_data(folder):
+    """A .ffcv file of 24 pictures."""
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        path = folder / "images" / str(i % 2) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+    finish([sys.executable, "write_imagenet.py", "--cfg.split=train", "--cfg.max_resolution=40", "--cfg.num_workers=1",
+            f"--cfg.data_dir={folder}/images", f"--cfg.write_path={folder}/data.ffcv", "--cfg.write_mode=raw"])
+    return folder / "data.ffcv"
+
+
+def kill_at_random(words, folder, rng, within):
+    """Start a run, kill it some time after its first step -> what it was doing: saving, between saves, or finished."""
+    process = start(words)
+    while process.poll() is None and not list(folder.glob("checkpoint*.pt")):
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, within))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    if (folder / "final_weights.pt").exists():
+        return "finished"
+    return "saving" if list(folder.glob(".checkpoint*")) else "training"
+
+
+def weights(folder):
+    return torch.load(folder / "final_weights.pt", weights_only=True)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def main(runs, seed=0):
+    """-> number of runs whose weights differ from those of the run that nobody killed."""
+    rng, differing = random.Random(seed), 0
+    with tempfile.TemporaryDirectory() as name:
+        logs = Path(name)
+        ffcv = make_data(logs)
+        begin = time.time()
+        finish(command(ffcv, logs, "uninterrupted"))
+        expected, within = weights(logs / "uninterrupted"), (time.time() - begin) / 4
+        for run in range(runs):
+            folder = logs / f"run{run}"
+            moments = []
+            while not moments or (moments[-1] != "finished" and len(moments) < 2):      # each run is killed up to twice
+                moments.append(kill_at_random(command(ffcv, logs, folder.name), folder, rng, within))
+            if moments[-1] != "finished":
+                finish([sys.executable, "train_imagenet.py", f"--training.resume={folder}"])
+            equal = same(weights(folder), expected)
+            differing += not equal
+            print(f"run {run + 1}/{runs}: killed while {', then '.join(moments)}: {'equal' if equal else 'DIFFERENT'}",
+                  flush=True)
+    return differing
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    sys.exit(1 if main(args.runs, args.seed) else 0)

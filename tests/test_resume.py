@@ -1,0 +1,117 @@
+"""Interrupted and resumed training against the run that nobody touched: equal to the bit on a CPU."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import kill_and_resume
+import launch
+import pytest
+import torch
+import train_imagenet
+from conftest import ROOT
+
+from MRL import InputError
+
+
+@pytest.fixture(scope="module")
+def ffcv(tmp_path_factory):
+    return kill_and_resume.make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def train(ffcv, tmp_path, monkeypatch, capsys):
+    """train(name, *flags) runs train_imagenet.main in this process -> its run folder."""
+    def start(name, *flags):
+        words = kill_and_resume.command(ffcv, tmp_path, name, "--training.epochs=2", *flags)
+        monkeypatch.setattr(sys, "argv", words[1:])
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        train_imagenet.main()
+        return tmp_path / name
+    return start
+
+
+def stop_after(monkeypatch, steps):
+    """The next run is asked to stop after so many steps."""
+    left = iter(range(steps - 1, -1, -1))
+    monkeypatch.setattr(launch.StopRequest, "asked", lambda self: 0 if next(left) else int(signal.SIGTERM))
+
+
+def log(folder):
+    times = ("timestamp", "relative_time", "train_time", "val_time", "images_per_second", "waiting_for_data",
+             "peak_memory_mb")
+    return [{k: v for k, v in json.loads(line).items() if k not in times}
+            for line in (folder / "log").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("steps", [2, 5])      # three steps an epoch: in the first, in the second
+def test_a_stopped_run_goes_on_to_the_same_weights(train, monkeypatch, capsys, steps):
+    whole = train("whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        stop_after(patch, steps)
+        train("stopped")
+    assert stopped.value.code == 128 + signal.SIGTERM
+    folder = whole.parent / "stopped"
+    assert f"--training.resume={folder}" in capsys.readouterr().err and not (folder / "final_weights.pt").exists()
+    monkeypatch.setattr(sys, "argv", ["train_imagenet.py", f"--training.resume={folder}"])
+    train_imagenet.main()
+    assert kill_and_resume.same(kill_and_resume.weights(folder), kill_and_resume.weights(whole))
+    assert log(folder) == log(whole)
+
+
+def test_a_run_goes_on_only_as_it_began(train, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(patch, 1)
+        train("run")
+    with pytest.raises(InputError, match=r"began with --lr.lr=0.01, now 0.02"):
+        train("run", "--lr.lr=0.02")
+    folder = train("run")      # the same command again goes on
+    with pytest.raises(InputError, match="this run is finished"):
+        train("run")
+    assert (folder / "final_weights.pt").exists()
+
+
+def test_killed_runs_end_alike():
+    assert kill_and_resume.main(runs=1) == 0
+
+
+def test_ctrl_c_finishes_the_step_and_saves(ffcv, tmp_path):
+    process = kill_and_resume.start(kill_and_resume.command(ffcv, tmp_path, "run", "--training.epochs=500"))
+    while not (tmp_path / "run/checkpoint.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in stderr
+    assert "go on with --training.resume=" in stderr
+
+
+def test_torchrun_restarts_a_killed_process(ffcv, tmp_path):
+    """Two gloo processes, one killed after the first checkpoint; torchrun starts both again, and they go on."""
+    folders = {}
+    for name in ("whole", "killed"):
+        words = kill_and_resume.command(ffcv, tmp_path / name, "", "--training.epochs=6", "--training.batch_size=6")[1:]
+        words.remove("--logging.name=")
+        process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                                    "--max-restarts=1", "--standalone", *words], cwd=ROOT / "train",
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if name == "killed":
+            while not list((tmp_path / name).glob("*/checkpoint.pt")):
+                assert process.poll() is None, process.stdout.read()
+                time.sleep(0.02)
+            os.kill(sorted(children(process.pid))[-1], signal.SIGKILL)
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output[-3000:]
+        (folders[name],) = (tmp_path / name).iterdir()
+    assert output.count("run folder:") == 2      # it did start twice
+    assert [record["epoch"] for record in log(folders["killed"])] == list(range(6))
+    torch.testing.assert_close(kill_and_resume.weights(folders["killed"]), kill_and_resume.weights(folders["whole"]))
+
+
+def children(pid):
+    """The training processes that torchrun started."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]

@@ -69,6 +69,8 @@ def list_files(folder, dataset, model):
             recipe, its_dataset = parse_list_file(path) or (None, None)
             if its_dataset == dataset and recipe not in found.values():
                 found[path] = recipe
+    if not found:
+        raise InputError(f"{Path(folder) / 'neighbors'}: no lists of {dataset}, {model}; retrieve.py search makes them")
     return dict(sorted(found.items(), key=lambda item: (min(len(item[1].rerank_dims), 2), item[1])))
 
 

@@ -43,6 +43,11 @@ def test_the_originals_csv_is_read(tmp_path):
     assert read_list(tmp_path / "a.csv", n=4, q=2).tolist() == [[3, 0, -1], [1, 2, 0]]
 
 
+def test_no_lists_at_all_is_said(tmp_path):
+    with pytest.raises(InputError, match="no lists of V2, mrl; retrieve.py search"):
+        list_files(tmp_path, "V2", "mrl")
+
+
 @pytest.mark.parametrize("text, complaint", [
     ("0,4\n1,2\n", "names row 4 of a database of 4"), ("0,-2\n1,2\n", "names row -2"),
     ("0,1\n", r"must hold integers \[2, k\], holds int32 \[1, 2\]"), ("a,b\n0,1\n", "not a CSV of integers"),

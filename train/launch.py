@@ -110,11 +110,24 @@ def run_worker(local_rank, worker, settings, *args):
     if cuda:
         torch.cuda.set_device(device)
     # gloo beside nccl: small messages between the hosts must not wait for the GPU's queue
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=rank, world_size=size)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=meeting_place(rank, size), rank=rank,
+                            world_size=size)
     try:
         worker(Process(rank, local_rank, size, device), settings, *args)
     finally:
         dist.destroy_process_group()
+
+
+def meeting_place(rank, size):
+    """The store through which the processes find each other.
+
+    On one node torchrun keeps it over a restart, and PyTorch 2.15 then finds the addresses of the processes before:
+    each start gets a prefix of its own. (Between nodes the numbers of restarts differ, and the store is a new one.)
+    """
+    store, *_ = next(dist.rendezvous("env://", rank, size))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return store
 
 
 class StopRequest:

@@ -54,19 +54,24 @@ class MRL_Linear_Layer(nn.Module):
         return self._shared(x) if self.efficient else self._separate(x)
 
     def _separate(self, x):
-        return tuple(getattr(self, f"nesting_classifier_{i}")(x[:, :size])
-                     for i, size in enumerate(self.nesting_list))
+        """Each prefix is cut from the one above it, so that its gradient is padded to that size only, not to D."""
+        logits = []
+        for i, size in reversed(list(enumerate(self.nesting_list))):
+            x = x[:, :size]
+            logits.append(getattr(self, f"nesting_classifier_{i}")(x))
+        return tuple(logits[::-1])
 
     def _shared(self, x):
         """Logits of each size = those of the size before + the next slice's product: one layer's multiplications.
 
         `split`, not slicing: the gradient of each slice would be a full-size matrix, added G times.
+        `addmm`: the product adds to the logits before it as it goes, without a pass of its own.
         """
         slices = x[:, :self.nesting_list[-1]].split(self._widths, dim=1)
         weights = self.nesting_classifier_0.weight.split(self._widths, dim=1)
         logits = [F.linear(slices[0], weights[0], self.nesting_classifier_0.bias)]
         for x_slice, weight in zip(slices[1:], weights[1:], strict=True):
-            logits.append(logits[-1] + F.linear(x_slice, weight))
+            logits.append(torch.addmm(logits[-1], x_slice, weight.t()))
         return tuple(logits)
 
     def extra_repr(self):
@@ -136,12 +141,21 @@ class Matryoshka_CE_Loss(nn.Module):
 
     def per_size(self, output, target):
         """-> [G] losses, before weighting."""
-        logits = stack_logits(output)
+        losses = torch.cat([self._summed(logits, target) for logits in self._groups(output)])
+        return losses / self._images(target) if self.reduction == "mean" else losses
+
+    def _groups(self, output):
+        """Logits [g, N, C] that are computed together: all sizes, for few launches; on a CPU one, to fit its cache."""
+        if not torch.is_tensor(output) and output[0].device.type == "cpu":
+            return [logits[None] for logits in output]
+        return [stack_logits(output)]
+
+    def _summed(self, logits, target):
+        """[g, N, C] -> [g] losses, summed over the images."""
         sizes = len(logits)
         losses = F.cross_entropy(logits.flatten(0, 1), target.repeat(sizes, *[1] * (target.dim() - 1)),
                                  weight=self.weight, reduction="none", **self.cross_entropy_kwargs)
-        losses = losses.view(sizes, -1).sum(1)
-        return losses / self._images(target) if self.reduction == "mean" else losses
+        return losses.view(sizes, -1).sum(1)
 
     def _images(self, target):
         """What F.cross_entropy's mean divides by: images, or their class weights, the ignored left out."""

@@ -1,0 +1,214 @@
+"""Retrieval against plain loops and against exact search at full size, on 200,000 x 2,048 and 2,000 queries.
+
+    PYTHONPATH=retrieval python benchmarks/retrieval.py [--folder DIR] [--rounds 5]
+
+The embeddings are made up and seeded: 1,000 classes in ImageFolder order, most of the signal in the first numbers, as
+in a Matryoshka representation. Both sides run in turn, round after round, in one process with the same BLAS kernels; a
+ratio is theirs to ours in one round. The plain side is what one writes first, and what the original's notebooks do:
+FAISS, k = 2,048, CSV lists, and Python loops over queries. Needs 5 GB of memory and 2 GB of disk (--folder keeps them).
+"""
+import argparse
+import platform
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import neighbors
+import numpy as np
+import pandas as pd
+from arrays import read_embeddings, read_labels
+from metrics import KS, retrieval_metrics
+from neighbors import adaptive_index, adaptive_search, faiss, searcher
+from rerank import funnel, rerank
+from stages import Task, reranked
+
+N, Q, D, CLASSES, SMALL, SHORTLIST = 200_000, 2_000, 2048, 1000, 16, 200
+FUNNELS = [([16, 32, 64, 128, 2048], lengths)
+           for lengths in ([800, 400, 200, 50, 10], [400, 200, 50, 25, 10], [200, 100, 50, 25, 10])]
+
+
+def write_world(folder, n, q, d=D):
+    """Embeddings and labels as inference/ writes them: class means that decay as 1 / (1 + i/10), noise a bit faster."""
+    rng, place = np.random.default_rng(0), np.arange(d, dtype=np.float32)
+    means = rng.standard_normal((CLASSES, d), np.float32) / (1 + place / 10)
+    for split, count in (("train", n), ("val", q)):
+        y = np.sort(rng.integers(0, CLASSES, count))
+        X = np.lib.format.open_memmap(folder / f"1K_{split}_mrl1_e0_ff{d}-X.npy", "w+", np.float32, (count, d))
+        for lo in range(0, count, 8192):
+            part = y[lo:lo + 8192]
+            noise = rng.standard_normal((len(part), d), np.float32) / (1 + place / 5)
+            X[lo:lo + 8192] = means[part] + 0.5 * rng.gamma(8, 1 / 8, (len(part), 1)).astype(np.float32) * noise
+        X.flush()
+        np.save(folder / f"1K_{split}_mrl1_e0_ff{d}-y.npy", y)
+
+
+# ------------------------------------------------------------------------------------------------ the plain side
+
+def plain_rerank(xb, xq, I, dim, shortlist):
+    """xb and xq at unit length, as the notebook holds them."""
+    result = np.empty((len(I), shortlist), I.dtype)
+    for i, candidates in enumerate(I[:, :shortlist]):
+        x = xb[candidates][:, :dim]
+        x = x / np.linalg.norm(x, axis=1, keepdims=True)
+        result[i] = candidates[np.argsort(np.linalg.norm(x - xq[i, :dim], axis=1))]
+    return result
+
+
+def plain_funnel(xb, xq, I, dims, shortlists):
+    for dim, shortlist in zip(dims, shortlists, strict=True):
+        I = plain_rerank(xb, xq, I, dim, shortlist)
+    return I
+
+
+def plain_metrics(yb, yq, I, ks):
+    counts = {c: int((yb == c).sum()) for c in np.unique(yb)}
+    result = {}
+    for k in ks:
+        average, precision, recall, topk = [], [], [], []
+        for label, candidates in zip(yq, I, strict=True):
+            found, total = 0, 0.0
+            for j, row in enumerate(candidates[:k]):
+                if yb[row] == label:
+                    found += 1
+                    total += found / (j + 1)
+            average.append(total / k)
+            precision.append(found / k)
+            recall.append(found / counts[label])
+            topk.append(found > 0)
+        result[k] = {name: float(np.mean(values)) for name, values in (
+            ("mAP", average), ("precision", precision), ("recall", recall), ("topk", topk))}
+    return result
+
+
+def plain_end_to_end(folder, output):
+    """faiss_nn, then reranking: the second reads again what the first wrote and what inference wrote."""
+    output.mkdir()
+    xb, xq = (np.load(folder / f"1K_{split}_mrl1_e0_ff{D}-X.npy") for split in ("train", "val"))
+    b, q = (np.ascontiguousarray(x[:, :SMALL]) for x in (xb, xq))
+    faiss.normalize_L2(b)
+    faiss.normalize_L2(q)
+    index = faiss.IndexFlatL2(SMALL)
+    index.add(b)
+    faiss.write_index(index, str(output / "16dim.index"))
+    pd.DataFrame(index.search(q, 2048)[1]).to_csv(output / "list.csv", header=False, index=False)
+    xb, xq = (np.load(folder / f"1K_{split}_mrl1_e0_ff{D}-X.npy") for split in ("train", "val"))
+    faiss.normalize_L2(xb)
+    faiss.normalize_L2(xq)
+    I = pd.read_csv(output / "list.csv", header=None).to_numpy()
+    pd.DataFrame(plain_rerank(xb, xq, I, D, SHORTLIST)).to_csv(output / "reranked.csv", header=False, index=False)
+    return pd.read_csv(output / "reranked.csv", header=None).to_numpy()
+
+
+def one_at_a_time(answer, xq, count):
+    for i in range(count):
+        answer(xq[i:i + 1])
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+def compare(name, target, theirs, ours, rounds, calls=(1, 1)):
+    """Print the milliseconds of both sides and their ratio. calls: how often each does the thing in one round."""
+    ours()                                         # compiled and warm
+    times = np.empty((rounds, 2))
+    for i in range(rounds):
+        for side, work in enumerate((theirs, ours)):
+            started = time.perf_counter()
+            work()
+            times[i, side] = time.perf_counter() - started
+    times /= calls
+    ratio = times[:, 0] / times[:, 1]
+    a, b = np.median(times, axis=0)
+    print(f"{name:<52}{1000 * a:10.2f} {1000 * b:10.2f} {np.median(ratio):8.1f} "
+          f"({ratio.min():.1f}-{ratio.max():.1f}) {'>= ' + str(target) if target else '':>8}", flush=True)
+
+
+def overlap(A, B):
+    return np.mean([len(set(a) & set(b)) / A.shape[1] for a, b in zip(A, B, strict=True)])
+
+
+def check(name, A, B):
+    """Both sides give the same neighbours, but for float ties."""
+    assert overlap(A[:, :10], B[:, :10]) >= 0.999, f"{name}: overlap {overlap(A[:, :10], B[:, :10])}"
+
+
+def measure(folder, rounds):
+    xb, xq = (read_embeddings(folder / f"1K_{split}_mrl1_e0_ff{D}-X.npy") for split in ("train", "val"))
+    yb, yq = (read_labels(folder / f"1K_{split}_mrl1_e0_ff{D}-y.npy", n) for split, n in (("train", N), ("val", Q)))
+    I = searcher(xb, SMALL)(xq, 800)[1].astype(np.int32)
+    print(f"\n{'median milliseconds':<52}{'plain':>10} {'ours':>10} {'ratio':>8} (min-max)  target")
+    measure_reranking(xb, xq, I, rounds)
+    best = rerank(xb, xq, I, D, SHORTLIST)
+    theirs, ours = plain_metrics(yb, yq, best, KS), retrieval_metrics(yb, yq, best, KS)
+    assert all(abs(theirs[k][m] - ours[k][m]) < 1e-9 for k in KS for m in theirs[k])
+    compare("metrics at k = 10, 25, 50, 100", 40, lambda: plain_metrics(yb, yq, best, KS),
+            lambda: retrieval_metrics(yb, yq, best, KS), rounds)
+    measure_end_to_end(folder, rounds)
+    measure_adaptive(xb, xq, yb, yq, rounds)
+
+
+def measure_reranking(xb, xq, I, rounds):
+    nb, nq = np.array(xb), np.array(xq)
+    faiss.normalize_L2(nb)
+    faiss.normalize_L2(nq)
+    check("re-rank", plain_rerank(nb, nq, I, D, SHORTLIST), rerank(xb, xq, I, D, SHORTLIST))
+    compare(f"re-rank {SHORTLIST} at {D}", 15, lambda: plain_rerank(nb, nq, I, D, SHORTLIST),
+            lambda: rerank(xb, xq, I, D, SHORTLIST), rounds)
+    for dims, lengths in FUNNELS:
+        check("funnel", plain_funnel(nb, nq, I, dims, lengths), funnel(xb, xq, I, dims, lengths))
+        compare(f"funnel 16,32,64,128,2048 / {','.join(map(str, lengths))}", 12,
+                lambda d=dims, k=lengths: plain_funnel(nb, nq, I, d, k),
+                lambda d=dims, k=lengths: funnel(xb, xq, I, d, k), rounds)
+
+
+def measure_end_to_end(folder, rounds):
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        def theirs():
+            return plain_end_to_end(folder, Path(tempfile.mkdtemp(dir=scratch)) / "out")
+
+        def ours():
+            return np.load(reranked(Task(str(folder), tempfile.mkdtemp(dir=scratch)), SMALL, [D], [SHORTLIST]))
+        check("end to end", theirs(), ours())
+        compare("shortlist at 16 + re-rank at 2048, files to files", 10, theirs, ours, rounds)
+
+
+def measure_adaptive(xb, xq, yb, yq, rounds):
+    exact, flat, graph = searcher(xb, D), adaptive_index(xb, SMALL, index="exactl2"), adaptive_index(xb, SMALL)
+    compare("batch: exact 2048 / adaptive HNSW 16 -> 2048", 14, lambda: exact(xq, 10),
+            lambda: adaptive_search(graph, xq, 10, SHORTLIST), rounds)
+    compare("one query: exact 2048 / adaptive HNSW 16 -> 2048", 100,
+            lambda: one_at_a_time(lambda x: exact(x, 10), xq, 10),
+            lambda: one_at_a_time(lambda x: adaptive_search(graph, x, 10, SHORTLIST), xq, 500), rounds, (10, 500))
+    lists = {"16": searcher(xb, SMALL)(xq, 10)[1], "adaptive flat": adaptive_search(flat, xq, 10)[1],
+             "adaptive HNSW": adaptive_search(graph, xq, 10)[1], "exact 2048": exact(xq, 10)[1]}
+    panorama = faiss.IndexFlatL2Panorama(D, 16)
+    panorama.add(neighbors.unit(xb, D))
+    q = neighbors.unit(xq, D)
+    compare("one query: exact 2048 / exact by Panorama", None, lambda: one_at_a_time(lambda x: exact(x, 10), xq, 10),
+            lambda: one_at_a_time(lambda x: panorama.search(x, 10), q, 100), rounds, (10, 100))
+    print("\ntop-1 (%): " + ", ".join(f"{name} {100 * (yb[I[:, 0]] == yq).mean():.2f}" for name, I in lists.items())
+          + "   (target: adaptive HNSW within 0.2 of exact)\noverlap@10 of adaptive HNSW with adaptive flat: "
+          + f"{overlap(lists['adaptive HNSW'], lists['adaptive flat']):.4f}   (target >= 0.99)")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="where the embeddings are, or are to be written and kept")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    cpu = next((line.split(": ")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+    print(f"{platform.platform()}, {cpu}, {faiss.omp_get_max_threads()} threads, Python {platform.python_version()}, "
+          f"faiss {faiss.__version__} ({neighbors.openblas_kernels()} kernels), numpy {np.__version__}")
+    folder = args.folder or Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if not (folder / f"1K_val_mrl1_e0_ff{D}-y.npy").exists():
+            write_world(folder, N, Q)
+        measure(folder, args.rounds)
+    finally:
+        if args.folder is None:
+            shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Memory and time of retrieval from a database that is larger than the memory it may use: ImageNet-1K's size.
+
+    PYTHONPATH=retrieval python benchmarks/retrieval_scale.py [--folder DIR] [--n 1281167] [--queries 10000]
+
+Writes made-up embeddings of n x 2,048 float32 (10.5 GB for ImageNet-1K) to a temporary folder and removes them, then
+runs the commands a user runs and watches their private memory (RssAnon: without the pages of mapped files).
+"""
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from retrieval import SHORTLIST, SMALL, D, write_world
+
+COMMANDS = {
+    "shortlist at 16": f"search --sizes {SMALL} --k {SHORTLIST}",
+    "re-rank at 2048": f"rerank --retrieval_dim {SMALL} --rerank_dims {D} --shortlist {SHORTLIST}",
+    "both again, from what is there": f"rerank --retrieval_dim {SMALL} --rerank_dims {D} --shortlist {SHORTLIST}"}
+
+
+def private_bytes(pid):
+    """-> RssAnon of a process; 0 when it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+
+
+def watch(command):
+    """Run a command -> seconds, peak private bytes."""
+    process, peak, started = subprocess.Popen(command), 0, time.perf_counter()
+    while process.poll() is None:
+        peak = max(peak, private_bytes(process.pid))
+        time.sleep(0.02)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)}: exit status {process.returncode}")
+    return time.perf_counter() - started, peak
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="where to write (a temporary folder); all is removed after")
+    parser.add_argument("--n", type=int, default=1_281_167)
+    parser.add_argument("--queries", type=int, default=10_000)
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(dir=args.folder))
+    script = Path(__file__).resolve().parent.parent / "retrieval" / "retrieve.py"
+    try:
+        started = time.perf_counter()
+        write_world(folder, args.n, args.queries)
+        print(f"{args.n:,} x {D} float32 written in {time.perf_counter() - started:.0f} s", flush=True)
+        for name, command in COMMANDS.items():
+            seconds, peak = watch([sys.executable, str(script), *command.split(),
+                                   "--embeddings", str(folder), "--output", str(folder)])
+            print(f"{name:<32}{seconds:8.1f} s   peak private memory {peak / 1e9:.2f} GB   (target <= 3)", flush=True)
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

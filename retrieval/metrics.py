@@ -69,11 +69,11 @@ def mflops_per_query(n, retrieval_dim, rerank_dims=(), shortlists=()):
     return (n * retrieval_dim + sum(k * dim for k, dim in stages)) / 1e6
 
 
-def milliseconds(answer, queries, seconds=1.0):
-    """-> median time of answer(i) for one query at a time, i = 0, 1, ...: up to 100 queries, or `seconds`."""
+def milliseconds(answer, queries, seconds=0.2):
+    """-> median time of answer(i) for one query at a time, i = 0, 1, ...: up to 30 queries, or `seconds`."""
     answer(0)                                             # the first call compiles, loads and warms up
     times, started = [], time.perf_counter()
-    while len(times) < min(queries, 100) and (not times or time.perf_counter() - started < seconds):
+    while len(times) < min(queries, 30) and (not times or time.perf_counter() - started < seconds):
         begun = time.perf_counter()
         answer(len(times))
         times.append(time.perf_counter() - begun)

@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +162,7 @@ def products(q, block, k, device):
     if device == "cpu":
         return faiss.knn(q, block, k, metric=faiss.METRIC_INNER_PRODUCT)
     if gpu_faiss() and k <= 2048:
-        return faiss.knn_gpu(faiss.StandardGpuResources(), q, block, k, metric=faiss.METRIC_INNER_PRODUCT)
+        return faiss.knn_gpu(gpu_faiss(), q, block, k, metric=faiss.METRIC_INNER_PRODUCT)
     return torch_products(q, block, k, device)
 
 
@@ -174,8 +175,10 @@ def torch_products(q, block, k, device):
     return tuple(torch.cat([b[part] for b in best]).cpu().numpy() for part in (0, 1))
 
 
+@cache
 def gpu_faiss():
-    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+    """-> the GPU memory of a FAISS that was built for GPUs, where there is one; else None."""
+    return faiss.StandardGpuResources() if faiss.get_num_gpus() > 0 else None
 
 
 def choose_device(device):

@@ -38,10 +38,10 @@ def finish(words):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def make_data(folder):
-    """A .ffcv file of 24 pictures."""
+def make_data(folder, n=24):
+    """A .ffcv file of n pictures."""
     rng = np.random.default_rng(0)
-    for i in range(24):
+    for i in range(n):
         path = folder / "images" / str(i % 2) / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)

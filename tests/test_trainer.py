@@ -1,0 +1,87 @@
+"""Validation counts every image once for any number of processes; the table that people read; frozen modes."""
+import json
+import socket
+import sys
+from types import SimpleNamespace
+
+import kill_and_resume
+import launch
+import pytest
+import torch
+import train_imagenet
+from trainer import Trainer, named, table
+
+import MRL
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def test_103_images_on_1_2_and_3_processes(tmp_path, run):
+    """The same counts and the same loss, though 103 divides by neither 2 nor 3 nor the batch."""
+    ffcv = kill_and_resume.make_data(tmp_path, 103)
+    torch.manual_seed(0)
+    model = MRL.build_model("resnet18", "mrl", num_classes=2, blurpool=False)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    records = []
+    for processes in (1, 2, 3):
+        words = kill_and_resume.command(ffcv, tmp_path, f"on{processes}", "--training.eval_only=1",
+                                        f"--training.path={tmp_path}/weights.pt", "--training.distributed=1",
+                                        f"--dist.world_size={processes}", f"--dist.port={free_port()}",
+                                        "--validation.batch_size=8")
+        run("train", words[1:])
+        record = json.loads((tmp_path / f"on{processes}/log").read_text())
+        records.append({k: v for k, v in record.items() if k.startswith(("top", "val_loss", "val_images"))})
+    assert records[0]["val_images"] == 103 and len({records[0][f"top_1_{d}"] for d in (8, 16, 32, 64, 512)}) > 1
+    for other in records[1:]:
+        for key, value in records[0].items():      # counts are whole numbers over 103: equal to the last bit
+            assert other[key] == value if not key.startswith("val_loss") else other[key] == pytest.approx(value)
+
+
+@pytest.fixture
+def trainer(monkeypatch, tmp_path):
+    words = kill_and_resume.command("a", tmp_path, "run", "--model.nesting_list=4,8")
+    monkeypatch.setattr(sys, "argv", words[1:])
+    settings = train_imagenet.read_settings(train_imagenet.CONFIG, "")
+    process = launch.Process(device=torch.device("cpu"))
+    return Trainer(process, settings, train_imagenet.model_spec(settings), tmp_path)
+
+
+def test_counts_by_hand(trainer):
+    logits = torch.tensor([[[3., 1, 2, 0, -1, -2, -3], [1, 2, 3, 4, 5, 6, 7]],
+                           [[0., 1, 2, 3, 4, 5, 6], [7, 6, 5, 4, 3, 2, 1]]])      # two sizes, two images, seven classes
+    trainer.model = lambda images: tuple(logits)
+    trainer.settings.validation.lr_tta = 0
+    top_1, top_5, loss, images = trainer.count(torch.zeros(2, 3, 4, 4), torch.tensor([0, 1]))
+    assert top_1.tolist() == [1, 0] and top_5.tolist() == [1, 1] and images.tolist() == [2, 2]
+    expected = torch.nn.functional.cross_entropy(logits[0], torch.tensor([0, 1]), reduction="sum")
+    assert loss[0].item() == pytest.approx(expected.item())
+
+
+def test_tta_averages_the_mirrored_image(trainer):
+    trainer.model = lambda images: images.mean((2, 3)) * torch.tensor([1., 0, 0]) + images[:, :, 0, 0]
+    images, labels = torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+    trainer.settings.validation.lr_tta = 1
+    both = (trainer.model(images) + trainer.model(images.flip(-1))) / 2
+    expected = torch.nn.functional.cross_entropy(both, labels, reduction="sum")
+    assert trainer.count(images, labels)[2].item() == pytest.approx(expected.item())
+
+
+def test_names_in_the_log():
+    values = torch.tensor([0.25, 0.5])
+    assert named({"head": "mrl", "nesting_list": [8, 16]}, "top_1", values) == {"top_1_8": 0.25, "top_1_16": 0.5}
+    assert named({"head": "ff8", "nesting_list": [8]}, "top_1", values[:1]) == {"top_1": 0.25}
+
+
+def test_the_table_hints_where_time_goes():
+    record = {"epoch": 0, "current_lr": 0.1, "resolution": 160, "images_per_second": 10, "waiting_for_data": 0.3,
+              "train_time": 2, "peak_memory_mb": 5, "train_loss": 1, "val_images": 3, "top_1_8": 0.5, "top_5_8": 1,
+              "val_loss_8": 0.7, "train_loss_8": 0.9}
+    settings, spec = SimpleNamespace(training=SimpleNamespace(epochs=2)), {"head": "mrl", "nesting_list": [8]}
+    text = table(record, spec, settings)
+    assert "waiting for data 30%" in text and "hint: the device waits for data" in text
+    assert text.splitlines()[-1].split() == ["8", "50.00", "100.00", "0.7000", "0.9000"]
+    assert "hint" not in table(record | {"waiting_for_data": 0.1}, spec, settings)

@@ -23,7 +23,7 @@ from torch import nn
 
 from MRL import Matryoshka_CE_Loss, build_model, classifier
 
-HEADS = {"FF": "ff", "MRL": "mrl", "MRL-E": "mrl_e"}
+HEADS = {"FF": None, "MRL": "mrl", "MRL-E": "mrl_e"}      # FF: the size is the feature width
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 SMOOTHING, WEIGHT_DECAY, RATE = 0.1, 1e-4, 1e-3
 
@@ -31,10 +31,10 @@ SMOOTHING, WEIGHT_DECAY, RATE = 0.1, 1e-4, 1e-3
 class PlainHead(nn.Module):
     """One linear layer per size; MRL-E slices one matrix at each size."""
 
-    def __init__(self, sizes, width, classes, efficient):
+    def __init__(self, sizes, classes, efficient):
         super().__init__()
         self.sizes = sizes
-        self.layers = nn.ModuleList(nn.Linear(size, classes) for size in ([width] if efficient else sizes))
+        self.layers = nn.ModuleList(nn.Linear(size, classes) for size in (sizes[-1:] if efficient else sizes))
 
     def forward(self, x):
         if len(self.layers) == len(self.sizes):
@@ -44,10 +44,9 @@ class PlainHead(nn.Module):
 
 
 def make_model(kind, args):
-    head = HEADS[kind]
-    if head == "ff":
-        head += str(args.width)
-    return build_model(args.arch, head, num_classes=args.classes)
+    with torch.device("meta"):
+        width = build_model(args.arch, "ff1").spec["feature_dim"]
+    return build_model(args.arch, f"ff{width}" if kind == "FF" else HEADS[kind], num_classes=args.classes)
 
 
 def groups(model):
@@ -82,8 +81,7 @@ def plain(kind, args):
     """-> step(images uint8 [B, R, R, 3], labels): the usual recipe."""
     model = make_model(kind, args)
     name, _ = classifier(model)
-    sizes = model.spec["nesting_list"]
-    model.set_submodule(name, PlainHead(sizes, args.width, args.classes, kind == "MRL-E"))
+    model.set_submodule(name, PlainHead(model.spec["nesting_list"], args.classes, kind == "MRL-E"))
     model = model.to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(groups(model), lr=RATE, momentum=0.9)
     precision = "fp16" if args.device.type == "cuda" else "fp32"
@@ -148,8 +146,6 @@ def main():
     args = arguments()
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
-    with torch.device("meta"):
-        args.width = build_model(args.arch, "ff1").spec["feature_dim"]
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f}), {device}, "
           f"torch {torch.__version__}; {args.arch}, batch {args.batch_size}, {args.classes} classes, "

@@ -1,0 +1,166 @@
+"""Training with FFCV from a real file: images/s, the share of time waiting for data, and the CPU cores it would take.
+
+    python benchmarks/train_epoch.py --images $IMAGENET_DIR/val --workers 4 8 16          on the GPU
+    python benchmarks/train_epoch.py --device cpu --arch resnet18 --batch_size 8 --resolution 32 --count 32 --pixels 64
+
+The file is made by train/write_imagenet.py (half JPEGs of quality 90, half raw pixels, as the README's) from the image
+folder, or from pictures that are made up. train/train_imagenet.py runs on it once for each number of workers; its log
+gives images/s and waiting, of each epoch after the first (which warms up), as median (min–max). Beside them, with the
+same file: FFCV alone, nothing trained; and with the data already on the device: our step and the plain recipe's of
+train_step.py, the most that either could reach. Cores to wait less than 5 %: 0.95 * our step's rate / the rate of one
+decoding worker, if decoding grows in proportion (the FFCV column shows how it does here).
+"""
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from train_step import compare, ours, plain, spread
+
+from MRL import InputError, command_line
+
+TRAIN = Path(__file__).resolve().parent.parent / "train"
+# Run in train/: one line per number of workers with FFCV's images/s of each epoch; the first one compiles.
+DECODE = """
+import sys, time
+from loaders import train_loader
+path, batch_size, resolution, epochs, *workers = sys.argv[1:]
+for number in map(int, workers):
+    loader, speeds = train_loader(path, int(batch_size), number, 1, int(resolution), 0, "cpu"), []
+    for epoch in range(int(epochs)):
+        batches, start, images = iter(loader.epoch(epoch)), time.perf_counter(), 0
+        for x, _ in batches:
+            images += len(x)
+        speeds.append(images / (time.perf_counter() - start))
+    print("decoded", *speeds[1:])
+"""
+
+
+def make_images(folder, count, pixels, classes):
+    """Photograph-like: smooth colours with noise on top, 4:3, as JPEGs."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        path = folder / f"{i % classes:04}" / f"{i}.jpeg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        smooth = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+        smooth = np.asarray(smooth.resize((pixels, pixels * 3 // 4), Image.BICUBIC))
+        noisy = smooth + rng.normal(0, 8, smooth.shape)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+def python(*words):
+    """A script of train/, run there as a user does -> what it printed."""
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=TRAIN, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"train/{words[0]} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return done.stdout
+
+
+def write_file(images, path, pixels):
+    python("write_imagenet.py", "--cfg.dataset=imagenet", "--cfg.split=train", f"--cfg.data_dir={images}",
+           f"--cfg.write_path={path}", f"--cfg.max_resolution={pixels}", "--cfg.write_mode=proportion",
+           "--cfg.compress_probability=0.5", "--cfg.jpeg_quality=90", f"--cfg.num_workers={os.cpu_count()}")
+
+
+def train(path, workers, folder, args):
+    """-> (images/s, share of time waiting), each [epochs - 1], from the log of a run."""
+    head = {"MRL": "--model.mrl=1", "MRL-E": "--model.efficient=1", "FF": "--model.mrl=0"}[args.head]
+    python("train_imagenet.py", head, f"--model.arch={args.arch}", f"--model.num_classes={args.classes}",
+           f"--data.train_dataset={path}", f"--data.val_dataset={path}", f"--data.num_workers={workers}",
+           "--data.in_memory=1", f"--resolution.min_res={args.resolution}", f"--resolution.max_res={args.resolution}",
+           f"--validation.resolution={args.resolution}", f"--validation.batch_size={args.batch_size}",
+           f"--training.batch_size={args.batch_size}", f"--training.epochs={args.epochs}", "--training.use_blurpool=1",
+           f"--training.compile={args.compile}", f"--training.precision={args.precision}",
+           f"--training.device={args.device.type}", "--logging.log_level=0", f"--logging.folder={folder}",
+           f"--logging.name={workers}")
+    records = [json.loads(line) for line in (folder / str(workers) / "log").read_text().splitlines()][1:]
+    return [np.array([record[key] for record in records]) for key in ("images_per_second", "waiting_for_data")]
+
+
+def decode(path, args):
+    """-> {workers: images/s [epochs - 1]} of FFCV alone."""
+    lines = python("-c", DECODE, path, args.batch_size, args.resolution, args.epochs, *args.workers).splitlines()
+    rates = [np.array(line.split()[1:], float) for line in lines if line.startswith("decoded")]
+    return dict(zip(args.workers, rates, strict=True))
+
+
+def step_rates(args):
+    """-> images/s of our step and of the plain recipe's, with the data on the device; they take turns."""
+    torch.backends.cudnn.benchmark = True
+    return compare(args.resolution, {(side.__name__, args.head): side(args.head, args) for side in (ours, plain)}, args)
+
+
+def measure(folder, args):
+    images = args.images or folder / "images"
+    if not args.images:
+        make_images(images, args.count, args.pixels, 10)
+    args.classes = sum(path.is_dir() for path in images.iterdir())
+    path = folder / "train.ffcv"
+    write_file(images.resolve(), path, args.pixels)
+    print(f"{path.stat().st_size / 1e6:.1f} MB, {args.classes} classes, longest side at most {args.pixels}", flush=True)
+    alone = decode(path, args)
+    print(f"\n{'workers':>8s}{'training, images/s':>28s}{'waiting, %':>24s}{'FFCV alone, images/s':>28s}")
+    for workers in args.workers:
+        speed, waiting = train(path, workers, folder / "runs", args)
+        print(f"{workers:8d}{spread(speed):>28s}{spread(100 * waiting):>24s}{spread(alone[workers]):>28s}", flush=True)
+    conclude(step_rates(args), alone, args)
+
+
+def conclude(steps, alone, args):
+    step, usual = (np.median(steps[side, args.head]) for side in ("ours", "plain"))
+    fewest = min(args.workers)
+    per_core = np.median(alone[fewest]) / fewest
+    print(f"\n{'data on the device, our step':40s}{spread(steps['ours', args.head]):>28s} images/s")
+    print(f"{'data on the device, plain step':40s}{spread(steps['plain', args.head]):>28s} images/s")
+    print(f"decoding, one worker of {fewest}: {per_core:.4g} images/s")
+    for name, rate in (("our", step), ("the plain", usual)):
+        print(f"cores to wait less than 5 % with {name} step: {math.ceil(0.95 * rate / per_core)}")
+
+
+def main():
+    args = arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        device = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
+        print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f}), {device}, "
+              f"torch {torch.__version__}; {args.arch} {args.head}, {args.resolution} px, batch {args.batch_size}, "
+              f"{args.precision}, compile {args.compile}")
+        measure(Path(folder), args)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, help="one folder per class [default: made-up pictures]")
+    parser.add_argument("--count", type=int, default=8192, help="of the made-up pictures")
+    parser.add_argument("--pixels", type=int, default=500, help="longest side")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, os.cpu_count()])
+    parser.add_argument("--epochs", type=int, default=3, help="2 or more")
+    parser.add_argument("--arch", default="resnet50")
+    parser.add_argument("--head", choices=["FF", "MRL", "MRL-E"], default="MRL")
+    parser.add_argument("--resolution", type=int, default=160)
+    parser.add_argument("--batch_size", type=int, default=512)
+    parser.add_argument("--precision", choices=["fp16", "bf16", "fp32"], help="[default: fp16; fp32 on a CPU]")
+    parser.add_argument("--compile", type=int, choices=[0, 1], default=0)
+    parser.add_argument("--rounds", type=int, default=5, help="of the steps with data on the device")
+    parser.add_argument("--repeat", type=int, default=10, help="steps in each of them")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before them")
+    parser.add_argument("--device", type=torch.device, help="[default: cuda where there is one]")
+    args = parser.parse_args()
+    if args.epochs < 2:
+        raise InputError("--epochs: the first one warms up; give 2 or more")
+    if args.images and not args.images.is_dir():
+        raise InputError(f"--images={args.images}: no such folder")
+    args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args.precision = args.precision or ("fp16" if args.device.type == "cuda" else "fp32")
+    return args
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -12,7 +12,7 @@ step() { echo; echo "== $* ($((SECONDS / 60)) min $((SECONDS % 60)) s)"; }
 SECONDS=0
 
 step "the digits as an ImageNet-style folder tree, then as .ffcv files"
-rm -rf "$out"/{images,ffcv,runs,figures,arrays,outputs}
+rm -rf "$out"/{images,ffcv,runs,figures,arrays,retrieval,outputs}
 mkdir -p "$out/figures"
 python demo/prepare.py "$out/images"
 IMAGENET_DIR=$out/images WRITE_DIR=$out/ffcv WORKERS=2 train/write_imagenet.sh 32 0.50 90
@@ -30,15 +30,31 @@ train mrl --model.mrl=1
 train mrl_e --model.efficient=1
 
 cd inference
-images=(--data_root "$out/images" --resize 18 --crop 16 --workers 2)
+images=(--data_root "$out/images" --resize 27 --crop 24 --workers 2)
 step "accuracy of every representation size"
 python pytorch_inference.py --path "$out"/runs/{ff2,ff8,ff64,mrl,mrl_e}/final_weights.pt --dataset V1 \
   "${images[@]}" --output "$out/figures"
 step "embeddings, and the accuracy of the nearest neighbour"
 python pytorch_inference.py --path "$out/runs/mrl/final_weights.pt" --retrieval --dataset 1K "${images[@]}" \
   --retrieval_array_path "$out/arrays"
-python baselines.py knn --arrays "$out/arrays" --model mrl1_e0_ff512
+python baselines.py knn --arrays "$out/arrays" --model mrl1_e0_ff1024
 cd ..
+
+step "adaptive and funnel retrieval"
+(cd retrieval && python retrieve.py report --dataset 1K --model mrl --embeddings "$out/arrays" --output "$out/retrieval")
+cp "$out"/retrieval/report/1K_mrl_{report.csv,cost.png} "$out"
+
+step "the notebooks: cascades, oracle, Grad-CAM"
+(cd inference && python pytorch_inference.py --path "$out/runs/mrl/final_weights.pt" --dataset V1 "${images[@]}" \
+  --output "$out/outputs" --save_softmax --save_predictions --save_gt)
+notebook() {   # name, settings
+  (cd model_analysis && papermill --log-level ERROR "$1.ipynb" "$out/outputs/$1.ipynb" "${@:2}" \
+    && jupyter nbconvert --log-level ERROR --to html "$out/outputs/$1.ipynb" --output-dir "$out")
+}
+notebook Model_Cascades -p folder "$out/outputs" -p tta False
+notebook Oracle_Upper_Bound_Performance -p folder "$out/outputs" -p tta False -y "{datasets: [V1]}"
+notebook GradCAM -p checkpoint "$out/runs/mrl/final_weights.pt" -p images "$out/images/val" \
+  -p classes "$out/images/val" -p target true -p limit 8 -p resize 27 -p crop 24 -p layer stage2
 
 step "the table and the pictures"
 python demo/pictures.py "$out"

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from PIL import Image
 
+MODEL = "mrl1_e0_ff1024"
 SHOWN = (2, 4, 8, 64)      # sizes in the picture of neighbours
 QUERIES, NEIGHBOURS = 8, 4
 
@@ -23,7 +24,7 @@ def accuracies(folder):
     """-> a data frame: rows = sizes, columns = top-1 of FF, MRL, MRL-E, and of MRL's nearest neighbour; fractions."""
     top1 = pd.read_csv(folder / "figures/accuracy_dataset=V1_tta=False.csv")
     table = top1.pivot(index="size", columns="model", values="top1")[["FF", "MRL", "MRL-E"]]
-    knn = json.loads((folder / "arrays/knn_dataset=1K_model=mrl1_e0_ff512.json").read_text())
+    knn = json.loads((folder / f"arrays/knn_dataset=1K_model={MODEL}.json").read_text())
     return table.join(pd.Series(knn["top1"], index=knn["sizes"], name="MRL 1-NN"))
 
 
@@ -62,7 +63,7 @@ def neighbours(folder):
 
 
 def read(folder, split):
-    stem = f"{folder}/arrays/1K_{split}_mrl1_e0_ff512"
+    stem = f"{folder}/arrays/1K_{split}_{MODEL}"
     return np.load(f"{stem}-X.npy", mmap_mode="r"), np.load(f"{stem}-y.npy")
 
 
@@ -81,8 +82,8 @@ def hardest(xb, xq, yb, yq):
 
 
 def nearest(xb, xq, size):
-    """-> [q, n] database rows by distance on unit-normalised prefixes."""
-    xb, xq = (x[:, :size] / np.linalg.norm(x[:, :size], axis=1, keepdims=True) for x in (xb, xq))
+    """-> [q, n] database rows by distance on unit-normalised prefixes; a prefix of zeros stays zero."""
+    xb, xq = (x[:, :size] / np.maximum(np.linalg.norm(x[:, :size], axis=1, keepdims=True), 1e-12) for x in (xb, xq))
     return np.argsort(-xq @ xb.T, axis=1)
 
 

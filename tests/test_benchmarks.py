@@ -1,0 +1,65 @@
+"""The training benchmarks run, at tiny size on the CPU: their tables have the rows, and every number can be."""
+import math
+import re
+
+NUMBER = r"[-+.\d]+(?:e[-+]?\d+)?|nan|inf"
+
+
+def rows(text, names):
+    """-> {name: [(median, low, high) of each column]} of the lines that begin with one of the names."""
+    found = {}
+    for line in text.splitlines():
+        name = next((n for n in sorted(names, key=len, reverse=True) if line.lstrip().startswith(n)), None)
+        cells = re.findall(rf"({NUMBER}) \(({NUMBER})–({NUMBER})\)", line)
+        if name and cells:
+            found.setdefault(name, []).append([tuple(map(float, cell)) for cell in cells])
+    return found
+
+
+def plausible(cells, positive=True):
+    for median, low, high in cells:
+        assert all(map(math.isfinite, (median, low, high))) and low <= median <= high
+        assert low > 0 or not positive
+
+
+def test_head(run):
+    done = run("benchmarks", "head.py --classes 10 12 --sizes 4 8 32 --batch_size 6 --rounds 3 --repeat 1 --threads 1")
+    names = ["one layer", "FF", "MRL", "MRL plain", "MRL-E", "MRL-E plain"]
+    tables = rows(done.stdout, names)
+    assert list(tables) == names and done.stdout.count(" classes\n") == 2
+    for name, found in tables.items():
+        assert [len(cells) for cells in found] == [3 if name in ("MRL", "MRL-E") else 2] * 2
+        for cells in found:
+            plausible(cells)
+    assert tables["one layer"][0][1] == (1, 1, 1)      # its ratio to itself
+    assert "products alone: MRL 1.38, MRL-E 1" in done.stdout
+
+
+def test_train_step(run):
+    done = run("benchmarks", "train_step.py --device cpu --arch resnet18 --batch_size 2 --classes 5 "
+                             "--resolutions 32 40 --rounds 2 --repeat 1 --warmup 1")
+    tables = rows(done.stdout, ["FF", "MRL", "MRL-E"])
+    assert list(tables) == ["FF", "MRL", "MRL-E"] and re.findall(r"^(\d+) px", done.stdout, re.M) == ["32", "40"]
+    for found in tables.values():
+        assert [len(cells) for cells in found] == [4, 4]
+        for cells in found:
+            plausible(cells)
+
+
+def test_train_epoch(run):
+    done = run("benchmarks", "train_epoch.py --device cpu --arch resnet18 --batch_size 4 --resolution 32 --count 20 "
+                             "--pixels 48 --epochs 2 --workers 1 --rounds 2 --repeat 1 --warmup 1")
+    (cells,) = rows(done.stdout, ["1 "])["1 "]
+    speed, waiting, alone = cells
+    plausible([speed, alone])
+    plausible([waiting], positive=False)
+    assert 0 <= waiting[0] <= 100
+    for side in ("our", "plain"):
+        (steps,) = rows(done.stdout, [f"data on the device, {side} step"]).values()
+        plausible(steps[0])
+    assert len(re.findall(r"^cores to wait less than 5 % with .* step: [1-9]\d*$", done.stdout, re.M)) == 2
+
+
+def test_train_epoch_names_what_is_wrong(refused, tmp_path):
+    assert "--epochs" in refused("benchmarks", "train_epoch.py --epochs 1")
+    assert "no such folder" in refused("benchmarks", f"train_epoch.py --images {tmp_path}/missing")

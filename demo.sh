@@ -8,6 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ./setup.sh
 out=$(mkdir -p "${1:-demo_out}" && cd "${1:-demo_out}" && pwd)
+export OMP_NUM_THREADS=1      # a network this small runs no faster on two threads, and FFCV's take the other core
 step() { echo; echo "== $* ($((SECONDS / 60)) min $((SECONDS % 60)) s)"; }
 SECONDS=0
 

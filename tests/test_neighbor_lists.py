@@ -44,7 +44,7 @@ def test_the_originals_csv_is_read(tmp_path):
 
 
 def test_no_lists_at_all_is_said(tmp_path):
-    with pytest.raises(InputError, match="no lists of V2, mrl; retrieve.py search"):
+    with pytest.raises(InputError, match=r"no lists of V2, mrl; retrieve.py search"):
         list_files(tmp_path, "V2", "mrl")
 
 

@@ -1,6 +1,6 @@
 """Retrieval against plain loops and against exact search at full size, on 200,000 x 2,048 and 2,000 queries.
 
-    PYTHONPATH=retrieval python benchmarks/retrieval.py [--folder DIR] [--rounds 5]
+    PYTHONPATH=retrieval python benchmarks/retrieval.py [--folder DIR] [--rounds 5] [--shuffle]
 
 The embeddings are made up and seeded: 1,000 classes in ImageFolder order, most of the signal in the first numbers, as
 in a Matryoshka representation. Both sides run in turn, round after round, in one process with the same BLAS kernels; a
@@ -28,12 +28,16 @@ FUNNELS = [([16, 32, 64, 128, 2048], lengths)
            for lengths in ([800, 400, 200, 50, 10], [400, 200, 50, 25, 10], [200, 100, 50, 25, 10])]
 
 
-def write_world(folder, n, q, d=D):
-    """Embeddings and labels as inference/ writes them: class means that decay as 1 / (1 + i/10), noise a bit faster."""
+def write_world(folder, n, q, d=D, shuffle=False):
+    """Embeddings and labels as inference/ writes them: class means that decay as 1 / (1 + i/10), noise a bit faster.
+
+    Rows are in class order, as an ImageFolder's, or in random order.
+    """
     rng, place = np.random.default_rng(0), np.arange(d, dtype=np.float32)
     means = rng.standard_normal((CLASSES, d), np.float32) / (1 + place / 10)
     for split, count in (("train", n), ("val", q)):
-        y = np.sort(rng.integers(0, CLASSES, count))
+        y = rng.integers(0, CLASSES, count)
+        y = y if shuffle else np.sort(y)
         X = np.lib.format.open_memmap(folder / f"1K_{split}_mrl1_e0_ff{d}-X.npy", "w+", np.float32, (count, d))
         for lo in range(0, count, 8192):
             part = y[lo:lo + 8192]
@@ -195,6 +199,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where the embeddings are, or are to be written and kept")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shuffle", action="store_true", help="database rows in random order, not in class order")
     args = parser.parse_args()
     cpu = next((line.split(": ")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
     print(f"{platform.platform()}, {cpu}, {faiss.omp_get_max_threads()} threads, Python {platform.python_version()}, "
@@ -203,7 +208,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     try:
         if not (folder / f"1K_val_mrl1_e0_ff{D}-y.npy").exists():
-            write_world(folder, N, Q)
+            write_world(folder, N, Q, shuffle=args.shuffle)
         measure(folder, args.rounds)
     finally:
         if args.folder is None:

@@ -57,8 +57,7 @@ def lists(task, sizes, shortlist, ks):
     """Yield the files of all lists of the study, made where they are not there."""
     n = len(open_data(task, min(sizes or all_sizes(task))).xb)
     shortlist = min(shortlist, n)
-    length = max(shortlist, *(min(k, n) for k in ks))
-    done = dict(single_shot(task, sizes, length))
+    done = dict(single_shot(task, sizes, k=max(shortlist, *(min(k, n) for k in ks))))
     yield from done.values()
     if task.model != "ff":
         for recipe in recipes(list(done), task.dataset, shortlist, n):
@@ -66,12 +65,13 @@ def lists(task, sizes, shortlist, ks):
 
 
 def single_shot(task, sizes, k):
-    """Yield (size, file). A size of the default ones at which some vector is zero is left out, and said so."""
-    for size in sizes or all_sizes(task):
+    """Yield (size, file). A default size at which some vector is zero is left out and named, but not the largest."""
+    wanted = sorted(set(sizes or all_sizes(task)))
+    for size in wanted:
         try:
             yield size, searched(task, size, k)
         except NoDirectionError as error:
-            if sizes:
+            if sizes or size == wanted[-1]:
                 raise
             print(f"size {size} left out: {error}")
 

@@ -2,8 +2,6 @@
 
 A run is the dictionary that pytorch_inference.py writes as JSON: nesting_list, and top1, top5, loss per size.
 """
-from pathlib import Path
-
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
@@ -19,7 +17,7 @@ def tidy(runs):
     for run in runs:
         model = KINDS.get(run["spec"]["head"], "FF")
         if taken & {(model, size) for size in run["nesting_list"]}:      # two of a kind: tell them by their path
-            model += f" {Path(run['path']).parent.name}/{Path(run['path']).name}"
+            model += f" {run['path']}"
         taken |= {(model, size) for size in run["nesting_list"]}
         rows += [{"model": model, "size": size, **{key: run[key][g] for key in ("top1", "top5", "loss")},
                   "path": run["path"], "checkpoint": run["checkpoint"]} for g, size in enumerate(run["nesting_list"])]

@@ -18,7 +18,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from MRL import InputError
 
 HERE = Path(__file__).resolve().parent
-SYNSETS = "imagenet_synsets.txt"
+SYNSETS, SYNSETS_4K = "imagenet_synsets.txt", "imagenet4k_synsets.txt"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -26,6 +26,7 @@ class Row(NamedTuple):
     title: str
     folders: tuple       # under the data root; the first that exists is taken
     classes: str         # file of synsets, labels in sorted order; "integers": the folder's name is the label
+    images: int          # in the full set
     source: str          # where to get it
     own: bool = False    # True: a folder without ImageNet's synsets (a user's own images) is taken as it is
 
@@ -35,10 +36,10 @@ V2_SOURCE = "https://github.com/modestyachts/ImageNetV2"
 
 
 def v2(title, folder):
-    return Row(title, (f"{folder}-format-val", folder), "integers", V2_SOURCE)
+    return Row(title, (f"{folder}-format-val", folder), "integers", 10_000, V2_SOURCE)
 
 
-V1 = Row("ImageNet-1K val", ("val",), SYNSETS, IMAGENET, own=True)
+V1 = Row("ImageNet-1K val", ("val",), SYNSETS, 50_000, IMAGENET, own=True)
 V2 = v2("ImageNetV2 matched-frequency", "imagenetv2-matched-frequency")
 
 CLASSIFICATION = {
@@ -46,21 +47,20 @@ CLASSIFICATION = {
     "V2": V2,
     "V2-threshold-0.7": v2("ImageNetV2 threshold 0.7", "imagenetv2-threshold0.7"),
     "V2-top-images": v2("ImageNetV2 top images", "imagenetv2-top-images"),
-    "A": Row("ImageNet-A", ("imagenet-a",), "imagenet_a_synsets.txt",
+    "A": Row("ImageNet-A", ("imagenet-a",), "imagenet_a_synsets.txt", 7_500,
              "https://github.com/hendrycks/natural-adv-examples"),
-    "R": Row("ImageNet-R", ("imagenet-r", "imagenet-r_"), "imagenet_r_synsets.txt",
+    "R": Row("ImageNet-R", ("imagenet-r", "imagenet-r_"), "imagenet_r_synsets.txt", 30_000,
              "https://github.com/hendrycks/imagenet-r"),
-    "Sketch": Row("ImageNet-Sketch", ("sketch", "imagenet-sketch/sketch", "ImageNet-Sketch"), SYNSETS,
+    "Sketch": Row("ImageNet-Sketch", ("sketch", "imagenet-sketch/sketch", "ImageNet-Sketch"), SYNSETS, 50_889,
                   "https://github.com/HaohanWang/ImageNet-Sketch"),
 }
 
 # What is embedded for retrieval: the database is the split `train`, the queries `val`. V2 searches 1K's database.
 RETRIEVAL = {
-    "1K": {"val": V1, "train": Row("ImageNet-1K train", ("train",), SYNSETS, IMAGENET, own=True)},
+    "1K": {"val": V1, "train": Row("ImageNet-1K train", ("train",), SYNSETS, 1_281_167, IMAGENET, own=True)},
     "V2": {"val": V2},
-    "4K": {"val": Row("ImageNet-4K val", ("imagenet-4k/val",), "imagenet4k_synsets.txt", "imagenet-4k/README.md"),
-           "train": Row("ImageNet-4K train", ("imagenet-4k/train",), "imagenet4k_synsets.txt",
-                        "imagenet-4k/README.md")},
+    "4K": {"val": Row("ImageNet-4K val", ("imagenet-4k/val",), SYNSETS_4K, 210_100, "imagenet-4k/README.md"),
+           "train": Row("ImageNet-4K train", ("imagenet-4k/train",), SYNSETS_4K, 4_202_000, "imagenet-4k/README.md")},
 }
 
 
@@ -84,6 +84,13 @@ def open_set(row, num_classes, transform, data_root=None, any_classes=False):
     found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     classes, subset = label_order(row, folder, found, num_classes, any_classes)
     return ImageSet(folder, classes, subset, transform)
+
+
+def incomplete(row, images):
+    """-> a line that says so if the classes are the row's, but not all its images are there; else None."""
+    the_rows = len(images.classes) == 1000 if row.classes == "integers" else images.classes == synsets(row.classes)
+    if the_rows and len(images) != row.images:
+        return f"note: {row.title} has {row.images} images, {images.folder} holds {len(images)}"
 
 
 def find_folder(row, data_root):
@@ -180,11 +187,12 @@ class ImageSet(Dataset):
             self.files, self.labels = self.files[kept], self.labels[kept]
 
     def digest(self):
-        """16 hex digits that stand for the list of files and labels."""
-        return hashlib.sha256(self.files.tobytes() + self.labels.tobytes()).hexdigest()[:16]
+        """16 hex digits that stand for the list of files and their classes."""
+        listed = "/".join(self.classes).encode(), self.files.tobytes(), self.labels.tobytes()
+        return hashlib.sha256(b"".join(listed)).hexdigest()[:16]
 
     def path(self, i):
-        return self.folder / os.fsdecode(self.files[i])
+        return self.folder / self.classes[self.labels[i]] / os.fsdecode(self.files[i])
 
     def why_unreadable(self, i):
         try:
@@ -201,9 +209,9 @@ def read_rgb(path):
 
 
 def image_names(folder, class_name):
-    """-> the image files of one class folder, relative to the set's folder, sorted: bytes [n]."""
+    """-> the image files of one class folder, relative to it, sorted: bytes [n]."""
     samples = make_dataset(str(folder), {class_name: 0}, IMG_EXTENSIONS, allow_empty=True)
-    start = len(str(folder)) + 1
+    start = len(os.path.join(folder, class_name, ""))
     return np.array([os.fsencode(path[start:]) for path, _ in samples], dtype=bytes)
 
 

@@ -47,7 +47,7 @@ def dump(model, images, stem, about, device, batch_size, workers, precision="fp3
     Under torchrun the processes share the batches (and need one disk). -> the JSON's content.
     """
     files = Files(stem)
-    about |= {"dim": about["nesting_list"][-1], "dtype": np.dtype(DTYPES[storage]).name, "precision": precision}
+    about = {**about, "dim": about["nesting_list"][-1], "dtype": np.dtype(DTYPES[storage]).name, "precision": precision}
     if rank() == 0:
         begin(files, about, len(images), overwrite)
     barrier()
@@ -62,12 +62,12 @@ def dump(model, images, stem, about, device, batch_size, workers, precision="fp3
 
 def begin(files, about, n, overwrite):
     """Make the files to fill, unless they are there from a run that was stopped, or the dump is complete."""
-    for companion in (files.about, files.plan):
+    for companion, data, says in ((files.about, files.X, "complete already"),
+                                  (files.plan, files.rows, "going on where it stopped")):
         check_free(companion, about, overwrite)
-    matches = [companion.exists() and read_json(companion).items() >= about.items()
-               for companion in (files.about, files.plan)]
-    if any(matches) and not overwrite:
-        return
+        if companion.exists() and data.exists() and not overwrite:
+            print(f"{files.X}: {says}")
+            return
     files.plan.unlink(missing_ok=True)
     files.about.unlink(missing_ok=True)
     allocate(files.rows, (n, about["dim"]), about["dtype"])
@@ -109,23 +109,24 @@ def finish(files, about, images):
     kept = np.flatnonzero(state == DONE)
     if len(kept) == 0:
         raise InputError(f"{images.folder}: no image could be read")
-    if len(kept) < len(state):
-        leave_out(files.rows, kept)
-    files.about.unlink(missing_ok=True)
-    os.replace(files.rows, files.X)
     with replacing(files.y) as temporary:
         np.save(temporary, images.labels[kept])
+    if len(kept) == len(state):
+        os.replace(files.rows, files.X)
+    else:
+        copy_rows(files.rows, files.X, kept)
     skipped = [str(images.path(i)) for i in np.flatnonzero(state == UNREADABLE)]
     write_json(files.about, {**about, "n": len(kept), "skipped": skipped, "complete": True})
-    files.plan.unlink()
-    files.state.unlink()
+    for path in (files.plan, files.state, files.rows):
+        path.unlink(missing_ok=True)
 
 
-def leave_out(path, kept):
-    """Rewrite a .npy file with only the rows `kept`, a block at a time."""
-    X = np.load(path, mmap_mode="r")
-    with replacing(path) as temporary:
-        out = open_memmap(temporary, mode="w+", dtype=X.dtype, shape=(len(kept), X.shape[1]))
+def copy_rows(source, target, kept):
+    """A .npy file of only the rows `kept` of another one, a block at a time."""
+    X = np.load(source, mmap_mode="r")
+    with replacing(target) as temporary:
+        allocate(temporary, (len(kept), X.shape[1]), X.dtype)
+        out = np.load(temporary, mmap_mode="r+")
         for start in range(0, len(kept), BLOCK):
             out[start:start + BLOCK] = X[kept[start:start + BLOCK]]
 

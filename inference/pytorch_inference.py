@@ -22,15 +22,7 @@ import torch
 import torch.distributed as dist
 import which_model
 from evaluate import Outputs, evaluate
-from saved_files import (
-    accuracy_path,
-    arrays_stem,
-    check_free,
-    fingerprint,
-    outputs_path,
-    save_tensor,
-    write_json,
-)
+from saved_files import accuracy_path, arrays_stem, check_free, fingerprint, outputs_path, save_tensor, write_json
 
 from MRL import InputError, command_line, model_name
 
@@ -51,15 +43,15 @@ def arguments():
     model("--arch", help="torchvision architecture (default resnet50)")
     model("--mrl", action="store_true", help="nested heads")
     model("--efficient", action="store_true", help="MRL-E: one matrix for all sizes")
-    model("--rep_size", type=int, help="size of a fixed-feature model")
+    model("--rep_size", type=positive, help="size of a fixed-feature model")
     model("--nesting_list", type=int, nargs="+", help="sizes of an MRL-E model (default 8 16 ... 2048)")
     model("--old_ckpt", action="store_true", help="the authors' released files")
 
     work = parser.add_argument_group("how it runs").add_argument
-    work("--workers", type=int, default=min(12, os.cpu_count()), help="processes that read images")
-    work("--batch_size", type=int, default=256)
-    work("--resize", type=int, default=256, help="pixels of the shorter side before the crop")
-    work("--crop", type=int, default=224, help="pixels of the central crop")
+    work("--workers", type=natural, default=min(12, os.cpu_count()), help="processes that read images")
+    work("--batch_size", type=positive, default=256)
+    work("--resize", type=positive, default=256, help="pixels of the shorter side before the crop")
+    work("--crop", type=positive, default=224, help="pixels of the central crop")
     work("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     work("--precision", choices=["fp32", "fp16", "bf16"],
          help="of the network (default fp32; with --retrieval on a GPU fp16, as the original)")
@@ -75,9 +67,19 @@ def arguments():
     retrieve = parser.add_argument_group("embeddings").add_argument
     retrieve("--retrieval", action="store_true", help="write embeddings instead of classifying")
     retrieve("--retrieval_array_path", default=".", help="folder for the arrays")
-    retrieve("--random_sample_dim", type=int, help="embed only so many random images of the database")
+    retrieve("--random_sample_dim", type=positive, help="embed only so many random images of the database")
     retrieve("--storage", choices=list(features.DTYPES), default="fp32", help="number format of the arrays")
     return parser.parse_args()
+
+
+def natural(text, least=0):
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+    return int(text)
+
+
+def positive(text):
+    return natural(text, least=1)
 
 
 # ------------------------------------------------------------------------------------------------ classification
@@ -85,40 +87,49 @@ def arguments():
 def classify(args, device):
     """Accuracy of each checkpoint; several give one table."""
     name, row = eval_sets.lookup(eval_sets.CLASSIFICATION, args.dataset or "V1")
-    if "WORLD_SIZE" in os.environ:
-        raise InputError("torchrun splits the images for --retrieval only; classification runs in one process")
     Path(args.output).mkdir(parents=True, exist_ok=True)
-    runs = [classify_one(path, name, row, args, device) for path in args.path]
+    runs = []
+    for path in dict.fromkeys(args.path):
+        runs.append(classify_one(path, name, row, args, device, taken={run["model"] for run in runs}))
     accuracy_table.show(runs)
     if len(runs) > 1:
         accuracy_table.save(runs, Path(args.output) / f"accuracy_dataset={name}_tta={args.tta}")
+    print(f"figures{''.join(f', {what}' for what in wanted(args))} written to {args.output}/")
 
 
-def classify_one(path, name, row, args, device):
-    """Evaluate one checkpoint, write its figures and what --save_* asks for. -> the figures."""
+def classify_one(path, name, row, args, device, taken):
+    """Evaluate one checkpoint, write its figures and what --save_* asks for. -> the figures.
+
+    taken: models whose files this command has written, and so does not overwrite.
+    """
     model = checkpoint(path, args)
-    images = eval_sets.open_set(row, model.spec["num_classes"], preparation(args), args.data_root)
-    about = {**origin(path, model, name, images, args), "tta": args.tta, "precision": args.precision or "fp32",
-             "num_classes": len(images.classes), "classes": images.classes}
-    wanted = [what for what in SAVED if getattr(args, f"save_{what}")]
-    files = {what: outputs_path(args.output, model.spec, name, args.tta, what) for what in wanted}
+    images = opened_set(row, model, args)
+    about = {**origin(path, model, name, images, args), "num_classes": len(images.classes), "tta": args.tta,
+             "precision": args.precision or "fp32"}
+    files = {what: outputs_path(args.output, model.spec, name, args.tta, what) for what in wanted(args)}
+    companions = {what: companion(what, about, images) for what in files}
     for what, file in files.items():
-        check_free(file.with_suffix(".json"), companion(what, about), args.overwrite)
+        check_free(file.with_suffix(".json"), companions[what], args.overwrite and model_name(model.spec) not in taken)
 
-    keep = Outputs(len(about["nesting_list"]), len(images), len(images.classes), wanted) if wanted else None
+    keep = Outputs(len(about["nesting_list"]), len(images), len(images.classes), list(files)) if files else None
     loader = eval_sets.make_loader(images, args.batch_size, args.workers, device.type == "cuda")
     result = evaluate(model, images, loader, device, args.tta, about["precision"], args.skip_bad_images, keep)
-    run = {"model": model_name(model.spec), "path": str(path), **about, **result, "spec": model.spec}
+    run = {"model": model_name(model.spec), "path": path, **about, **result, "spec": model.spec, "device": args.device,
+           "folder": str(images.folder), "batch_size": args.batch_size, "torch": torch.__version__}
     write_json(accuracy_path(args.output, model.spec, name, args.tta, about["checkpoint"]), run)
-    for what, tensor in keep.tensors() if wanted else ():
-        save_tensor(files[what], tensor, companion(what, about) | {"n": result["n"], "skipped": result["skipped"]})
+    for what, tensor in keep.tensors() if keep else ():
+        save_tensor(files[what], tensor, companions[what] | {"n": result["n"], "skipped": result["skipped"]})
     return run
 
 
-def companion(what, about):
+def wanted(args):
+    return [what for what in SAVED if getattr(args, f"save_{what}")]
+
+
+def companion(what, about, images):
     """The JSON beside a saved tensor. Labels belong to the images alone, whichever checkpoint was evaluated."""
-    of_the_model = ("checkpoint", "nesting_list", "tta", "precision", "resize", "crop")
-    return {**about, **dict.fromkeys(of_the_model)} if what == "gt" else about
+    of_the_model = ("checkpoint", "nesting_list", "tta", "precision", "resize", "crop") if what == "gt" else ()
+    return {**about, "classes": images.classes, **dict.fromkeys(of_the_model)}
 
 
 # ------------------------------------------------------------------------------------------------ embeddings
@@ -126,10 +137,9 @@ def companion(what, about):
 def retrieve(args, device):
     """Embeddings of the queries (val) and of the database (train)."""
     name, splits = eval_sets.lookup(eval_sets.RETRIEVAL, args.dataset or "1K")
-    for path in args.path:
+    for path in dict.fromkeys(args.path):
         model = checkpoint(path, args)
-        opened = {split: eval_sets.open_set(row, model.spec["num_classes"], preparation(args), args.data_root, True)
-                  for split, row in splits.items()}
+        opened = {split: opened_set(row, model, args) for split, row in splits.items()}
         same_classes(opened)
         if args.random_sample_dim and "train" in opened:
             opened["train"].sample(args.random_sample_dim)
@@ -162,8 +172,14 @@ def checkpoint(path, args):
     return which_model.load(path, args.arch, args.mrl, args.efficient, args.rep_size, args.nesting_list, args.old_ckpt)
 
 
-def preparation(args):
-    return eval_sets.Preparation(args.resize, args.crop)
+def opened_set(row, model, args):
+    if args.resize < args.crop:
+        raise InputError(f"--resize {args.resize} is smaller than --crop {args.crop}")
+    preparation = eval_sets.Preparation(args.resize, args.crop)
+    images = eval_sets.open_set(row, model.spec["num_classes"], preparation, args.data_root, args.retrieval)
+    if (note := eval_sets.incomplete(row, images)) and features.rank() == 0:
+        print(note)
+    return images
 
 
 def origin(path, model, dataset, images, args):
@@ -174,18 +190,27 @@ def origin(path, model, dataset, images, args):
 
 def start_device(args):
     """-> the device; under torchrun this process's own, after joining the group (gloo: only barriers are needed)."""
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch sees no GPU here; pass --device cpu")
-    if "WORLD_SIZE" in os.environ:
+    try:
+        device = torch.device(args.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    if processes() > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     return device
 
 
+def processes():
+    """How many torchrun has started."""
+    return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
+
+
 def main():
     args = arguments()
+    if processes() > 1 and not args.retrieval:
+        raise InputError("torchrun splits the images for --retrieval only; classification runs in one process")
     (retrieve if args.retrieval else classify)(args, start_device(args))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -35,7 +35,7 @@ def test_sizes_that_a_model_lacks_are_dashes(capsys):
 
 def test_two_of_a_kind_are_told_apart_by_path():
     table = accuracy_table.tidy([RUNS[2], run("mrl", [8, 16], [0.1, 0.2], "runs/b/final_weights.pt")])
-    assert table.model.unique().tolist() == ["MRL", "MRL b/final_weights.pt"]
+    assert table.model.unique().tolist() == ["MRL", "MRL runs/b/final_weights.pt"]
 
 
 def test_csv_and_plot(tmp_path):

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from eval_sets import CLASSIFICATION, RETRIEVAL, Preparation, lookup, make_loader, open_set, synsets
+from eval_sets import CLASSIFICATION, RETRIEVAL, Preparation, incomplete, lookup, make_loader, open_set, synsets
 from evaluate import evaluate
 from image_trees import SIZE, ColourReader, make_tree, write_image
 from PIL import Image
@@ -101,6 +101,15 @@ def test_unknown_name_lists_the_known():
     with pytest.raises(InputError, match=r"--dataset sketchy: unknown here; one of V1, V2, .*Sketch"):
         lookup(CLASSIFICATION, "sketchy")
     assert lookup(CLASSIFICATION, "SKETCH")[0] == "Sketch"
+
+
+def test_a_set_that_lacks_images_is_noted(tmp_path):
+    make_tree(tmp_path / "imagenet-a", A)
+    make_tree(tmp_path / "val", ["a", "b"])
+    assert incomplete(CLASSIFICATION["A"], opened("A", tmp_path)) == \
+        f"note: ImageNet-A has 7500 images, {tmp_path}/imagenet-a holds 200"
+    assert incomplete(CLASSIFICATION["A"]._replace(images=200), opened("A", tmp_path)) is None
+    assert incomplete(CLASSIFICATION["V1"], opened("V1", tmp_path, num_classes=2)) is None
 
 
 def test_own_classes_are_taken_as_they_are_but_counted(tmp_path):

@@ -1,6 +1,5 @@
-"""Dumps are exact, resumable and shareable: killed and restarted, or made by two processes, the bytes are the same."""
+"""Dumps are exact and resumable: killed and restarted, the bytes are the same. (Two processes: the commands' tests.)"""
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -136,10 +135,9 @@ def test_stopped_dump_goes_on_where_it_stopped(tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-# A process of its own, so that it can be killed, limited, or one of two.
+# A process of its own, so that it can be killed.
 DUMP = """
-import sys, time, torch
-import torch.distributed as dist
+import sys, time
 sys.path[:0] = [{inference!r}, {tests!r}]
 from pathlib import Path
 from test_features import Features, image_set, write
@@ -149,28 +147,21 @@ class Slow(Features):
         time.sleep({seconds})
         return super().forward(x)
 
-if {processes} > 1:
-    dist.init_process_group("gloo")
 write(image_set(Path({tree!r}), 20, 3), Path({stem!r}), model=Slow())
 """
 
 
-def script(tmp_path, stem, seconds=0.0, processes=1):
+def script(tmp_path, seconds):
     path = tmp_path / "dump.py"
     path.write_text(DUMP.format(inference=str(ROOT / "inference"), tests=str(ROOT / "tests"), seconds=seconds,
-                                processes=processes, tree=str(tmp_path / "tree"), stem=str(stem)))
+                                tree=str(tmp_path / "tree"), stem=str(tmp_path / "out" / "m")))
     return str(path)
 
 
-@pytest.fixture
-def whole(tmp_path):
+def test_killed_dump_restarted_equals_an_uninterrupted_one(tmp_path):
     write(image_set(tmp_path / "tree", 20, 3), tmp_path / "whole" / "m")
-    return contents(tmp_path / "whole")
-
-
-def test_killed_dump_restarted_equals_an_uninterrupted_one(tmp_path, whole):
     files = Files(tmp_path / "out" / "m")
-    process = subprocess.Popen([sys.executable, script(tmp_path, tmp_path / "out" / "m", seconds=0.3)])
+    process = subprocess.Popen([sys.executable, script(tmp_path, seconds=0.3)])
     try:
         deadline = time.time() + 60
         while time.time() < deadline and not (files.plan.exists() and np.load(files.state).sum() >= 12):
@@ -179,15 +170,8 @@ def test_killed_dump_restarted_equals_an_uninterrupted_one(tmp_path, whole):
         process.kill()
         process.wait()
     assert 12 <= np.load(files.state).sum() < 60 and not files.X.exists()      # some of the 60 images are done
-    subprocess.run([sys.executable, script(tmp_path, tmp_path / "out" / "m")], check=True)
-    assert contents(tmp_path / "out") == whole
-
-
-def test_two_processes_write_the_same_file_as_one(tmp_path, whole):
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                    script(tmp_path, tmp_path / "out" / "m", processes=2)], check=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
-    assert contents(tmp_path / "out") == whole
+    subprocess.run([sys.executable, script(tmp_path, seconds=0)], check=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_full_disk_is_one_line_before_any_work(tmp_path, monkeypatch):

@@ -1,0 +1,222 @@
+"""The README's commands on tiny trees: what they print, what they leave, and what they refuse."""
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import pytorch_inference
+import torch
+from eval_sets import synsets
+from image_trees import make_run, make_tree
+
+from MRL import InputError, build_model
+
+SMALL = ["--resize", "8", "--crop", "8", "--workers", "0", "--batch_size", "64", "--device", "cpu"]
+DIGITS = [str(i) for i in range(10)]
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A data root with the train and val folders of a user's own 10 classes."""
+    make_tree(tmp_path / "data" / "val", DIGITS, per_class=2)
+    make_tree(tmp_path / "data" / "train", DIGITS, per_class=3)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def command(monkeypatch, root, tmp_path):
+    """command("--tta") runs main() in this process, writing to tmp_path/out."""
+    def start(*words, data_root=root):
+        monkeypatch.setattr("sys.argv", ["pytorch_inference.py", *SMALL, "--data_root", str(data_root),
+                                         "--output", str(tmp_path / "out"), *map(str, words)])
+        pytorch_inference.main()
+        return tmp_path / "out"
+    return start
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_one_checkpoint_saves_everything(command, tmp_path, capsys):
+    path = make_run(tmp_path / "run", "mrl")
+    out = command("--path", path, "--tta", "--save_logits", "--save_softmax", "--save_gt", "--save_predictions")
+    stem = "mrl=True_efficient=False_ff=512_dataset=V1_tta=True"
+    saved = {what: torch.load(out / f"{stem}_{what}.pth", mmap=True, weights_only=True)
+             for what in ("logits", "softmax", "predictions")}
+    gt = torch.load(out / "gt_dataset=V1.pth", mmap=True, weights_only=True)
+    assert (saved["logits"].shape, saved["logits"].dtype) == ((7, 20, 10), torch.float32)
+    assert (saved["predictions"].shape, saved["predictions"].dtype, gt.dtype) == ((7, 20), torch.int64, torch.int64)
+    torch.testing.assert_close(saved["softmax"], saved["logits"].softmax(-1))
+    assert gt.tolist() == [i // 2 for i in range(20)]
+
+    result = json.loads(next(out.glob("*accuracy*.json")).read_text())
+    companion = json.loads((out / f"{stem}_softmax.json").read_text())
+    assert result["top1"] == (saved["logits"].argmax(-1) == gt).double().mean(1).tolist()
+    assert result["checkpoint"] == companion["checkpoint"] and len(companion["checkpoint"]) == 16
+    assert {key: companion[key] for key in ("nesting_list", "dataset", "tta", "n", "num_classes", "classes")} == {
+        "nesting_list": [8, 16, 32, 64, 128, 256, 512], "dataset": "V1", "tta": True, "n": 20, "num_classes": 10,
+        "classes": DIGITS}
+    about_gt = json.loads((out / "gt_dataset=V1.json").read_text())
+    assert about_gt["checkpoint"] is None and about_gt["images"] == companion["images"]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "V1: 20 images, 10 classes, tta True, mrl1_e0_ff512"
+    assert [line.split()[0] for line in printed[-8:-1]] == ["8", "16", "32", "64", "128", "256", "512"]
+    assert printed[-1] == f"figures, logits, softmax, gt, predictions written to {out}/"
+
+
+def test_ff_models_beside_mrl_and_mrl_e(command, tmp_path, capsys):
+    """Fixed-feature models of two sizes, MRL and MRL-E in one command: one table, one CSV file, one plot."""
+    heads = ["ff8", "ff512", "mrl", "mrl_e"]
+    paths = [make_run(tmp_path / head, head) for head in heads]
+    out = command("--path", *paths[:2], "--path", *paths[2:])
+    assert "accuracy_dataset=V1_tta=False.png" in names(out) and len(names(out)) == 4 + 2
+    table = pd.read_csv(out / "accuracy_dataset=V1_tta=False.csv")
+    assert table.groupby("model", sort=False).size().to_dict() == {"FF": 2, "MRL": 7, "MRL-E": 7}
+    for path in out.glob("*accuracy*.json"):
+        run = json.loads(path.read_text())
+        rows = table[table.checkpoint == run["checkpoint"]]
+        assert rows["size"].tolist() == run["nesting_list"] and rows.top1.tolist() == pytest.approx(run["top1"])
+    assert capsys.readouterr().out.splitlines()[1].split() == ["model", "FF", "MRL", "MRL-E"]
+
+
+def test_outputs_of_two_ff_sizes_stand_side_by_side(command, tmp_path):
+    for head in ("ff8", "ff512"):
+        out = command("--path", make_run(tmp_path / head, head), "--save_softmax")
+    assert [name for name in names(out) if name.endswith(".pth")] == [
+        f"mrl=False_efficient=False_ff={size}_dataset=V1_tta=False_softmax.pth" for size in (512, 8)]
+
+
+def test_outputs_of_another_checkpoint_are_not_overwritten(command, tmp_path):
+    one, other = (make_run(tmp_path / f"run{seed}", "ff8", seed=seed) for seed in (0, 1))
+    out = command("--path", one, "--save_predictions")
+    before = (out / "mrl=False_efficient=False_ff=8_dataset=V1_tta=False_predictions.pth").read_bytes()
+    with pytest.raises(InputError, match=r"checkpoint=.*--overwrite"):
+        command("--path", other, "--save_predictions")
+    assert (out / "mrl=False_efficient=False_ff=8_dataset=V1_tta=False_predictions.pth").read_bytes() == before
+    with pytest.raises(InputError, match="checkpoint="):
+        command("--path", one, other, "--save_logits", "--overwrite")     # both of one name in one command
+    command("--path", one, "--save_predictions")                          # the same one may be repeated
+    command("--path", other, "--save_predictions", "--overwrite")
+    assert len(list(out.glob("*accuracy*.json"))) == 2                    # figures of both are kept
+
+
+def test_restricted_set(command, tmp_path):
+    """ImageNet-A: softmax [G, N, 200], and the labels are positions among the 200."""
+    wnids = synsets("imagenet_a_synsets.txt")
+    make_tree(tmp_path / "sets" / "imagenet-a", wnids)
+    out = command("--path", make_run(tmp_path / "run", "ff8", num_classes=1000), "--dataset", "a", "--save_softmax",
+                  "--save_gt", data_root=tmp_path / "sets")
+    softmax = torch.load(out / "mrl=False_efficient=False_ff=8_dataset=A_tta=False_softmax.pth", weights_only=True)
+    assert softmax.shape == (1, 200, 200)
+    torch.testing.assert_close(softmax.sum(-1), torch.ones(1, 200))
+    assert torch.load(out / "gt_dataset=A.pth", weights_only=True).tolist() == list(range(200))
+    assert json.loads((out / "gt_dataset=A.json").read_text())["classes"] == wnids
+
+
+def test_unreadable_image_is_named_or_left_out(command, root, tmp_path):
+    (root / "val" / "3" / "3_0.JPEG").write_bytes(b"no image")
+    path = make_run(tmp_path / "run", "ff8")
+    with pytest.raises(InputError, match=r"3/3_0.JPEG"):
+        command("--path", path)
+    out = command("--path", path, "--skip_bad_images", "--save_gt")
+    result = json.loads(next(out.glob("*accuracy*.json")).read_text())
+    assert result["n"] == 19 and result["skipped"][0].startswith(str(root / "val" / "3" / "3_0.JPEG"))
+    assert len(torch.load(out / "gt_dataset=V1.pth", weights_only=True)) == 19
+
+
+def test_retrieval_writes_database_and_queries(command, tmp_path, capsys):
+    path, arrays = make_run(tmp_path / "run", "mrl_e"), tmp_path / "arrays"
+    command("--path", path, "--retrieval", "--dataset", "1k", "--retrieval_array_path", arrays)
+    assert names(arrays) == [f"1K_{split}_mrl1_e1_ff512-{end}" for split in ("train", "val")
+                             for end in ("X.json", "X.npy", "y.npy")]
+    X, y = (np.load(arrays / f"1K_train_mrl1_e1_ff512-{end}.npy") for end in "Xy")
+    assert (X.shape, X.dtype, y.dtype) == ((30, 512), np.float32, np.int64)
+    assert y.tolist() == [i // 3 for i in range(30)]
+    about = json.loads((arrays / "1K_val_mrl1_e1_ff512-X.json").read_text())
+    assert {key: about[key] for key in ("dataset", "split", "n", "dim", "dtype", "complete")} == {
+        "dataset": "1K", "split": "val", "n": 20, "dim": 512, "dtype": "float32", "complete": True}
+    assert "1K_train_mrl1_e1_ff512-X.npy: 30 x 512 float32" in capsys.readouterr().out
+
+
+def test_ff16_embeddings_are_16_wide(command, tmp_path):
+    command("--path", make_run(tmp_path / "run", "ff16"), "--retrieval", "--retrieval_array_path", tmp_path / "arrays")
+    assert np.load(tmp_path / "arrays" / "1K_val_mrl0_e0_ff16-X.npy").shape == (20, 16)
+
+
+def test_v2_writes_queries_only(command, tmp_path):
+    make_tree(tmp_path / "sets" / "imagenetv2-matched-frequency-format-val", DIGITS)
+    command("--path", make_run(tmp_path / "run", "ff8"), "--retrieval", "--dataset", "V2",
+            "--retrieval_array_path", tmp_path / "arrays", data_root=tmp_path / "sets")
+    assert names(tmp_path / "arrays") == [f"V2_val_mrl0_e0_ff8-{end}" for end in ("X.json", "X.npy", "y.npy")]
+
+
+def test_random_sample_of_the_database(command, tmp_path):
+    command("--path", make_run(tmp_path / "run", "ff8"), "--retrieval", "--random_sample_dim", 12,
+            "--storage", "fp16", "--retrieval_array_path", tmp_path / "arrays")
+    X = np.load(tmp_path / "arrays" / "1K_train_mrl0_e0_ff8-X.npy")
+    assert X.shape == (12, 8) and X.dtype == np.float16
+    assert len(np.load(tmp_path / "arrays" / "1K_val_mrl0_e0_ff8-X.npy")) == 20      # all queries
+
+
+def test_database_and_queries_must_have_the_same_classes(command, root, tmp_path):
+    (root / "train" / "9").rename(root / "train" / "nine")
+    with pytest.raises(InputError, match="have different class folders: 9, nine"):
+        command("--path", make_run(tmp_path / "run", "ff8"), "--retrieval")
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--dataset", "V3"], "--dataset V3: unknown here; one of V1, V2, V2-threshold-0.7, V2-top-images, A, R, Sketch"),
+    (["--dataset", "4K"], "--dataset 4K: unknown here; one of V1"),
+    (["--dataset", "A", "--retrieval"], "--dataset A: unknown here; one of 1K, V2, 4K"),
+    (["--device", "gpu"], "--device gpu"),
+    (["--mrl"], "head=mrl was asked for, params.json beside it says ff8"),
+    (["--resize", "7"], "--resize 7 is smaller than --crop 8"),
+])
+def test_bad_flags(command, tmp_path, words, message):
+    with pytest.raises(InputError, match=message):
+        command("--path", make_run(tmp_path / "run", "ff8"), *words)
+
+
+# ------------------------------------------------------------------------------------------------ as a user runs them
+
+def test_general_command_of_the_readme(run, tmp_path):
+    """A bare MRL file with DDP's prefix, on ImageNet's 1,000 true folders, from inference/."""
+    state = build_model("resnet18", "mrl").state_dict()
+    torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "final_weights.pt")
+    make_tree(tmp_path / "sketch", synsets("imagenet_synsets.txt"))
+    done = run("inference", f"pytorch_inference.py --path {tmp_path}/final_weights.pt --dataset Sketch --mrl --tta "
+               f"--arch resnet18 --save_logits --save_softmax --save_gt --save_predictions --output {tmp_path}/out "
+               f"--resize 8 --crop 8 --workers 2", env={"IMAGENET_ROOT": str(tmp_path)})
+    note, header = done.stdout.splitlines()[:2]
+    assert note == f"note: ImageNet-Sketch has 50889 images, {tmp_path}/sketch holds 1000"
+    assert header == "Sketch: 1000 images, 1000 classes, tta True, mrl1_e0_ff512"
+    assert [name.rsplit("_")[-1] for name in names(tmp_path / "out") if name.endswith(".pth")] == \
+        ["dataset=Sketch.pth", "logits.pth", "predictions.pth", "softmax.pth"]
+
+
+def test_two_processes_write_the_same_files_as_one(run, command, root, tmp_path):
+    """torchrun --nproc_per_node 2, gloo, images in batches of 4: the bytes of a run of one process."""
+    path, flags = make_run(tmp_path / "run", "mrl"), ["--retrieval", "--batch_size", 4, "--retrieval_array_path"]
+    command("--path", path, *flags, tmp_path / "one")
+    run("inference", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "pytorch_inference.py",
+                      *SMALL, "--data_root", root, "--path", path, *flags, tmp_path / "two"],
+        env={"OMP_NUM_THREADS": str(torch.get_num_threads())})
+    for name in names(tmp_path / "one"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    assert names(tmp_path / "one") == names(tmp_path / "two")
+
+
+def test_refusals_are_one_line(refused, root, tmp_path):
+    (root / "val" / "3" / "3_0.JPEG").write_bytes(b"no image")
+    path = make_run(tmp_path / "run", "ff8")
+    line = refused("inference", f"pytorch_inference.py --path {path} --data_root {root} --output {tmp_path}/out "
+                   "--resize 8 --crop 8 --workers 2 --device cpu")
+    assert line.startswith("error: 1 unreadable image(s) in this batch: ") and "3_0.JPEG" in line
+
+
+def test_torchrun_is_refused_for_classification(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(InputError, match="torchrun splits the images for --retrieval only"):
+        command("--path", make_run(tmp_path / "run", "ff8"))

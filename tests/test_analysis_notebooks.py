@@ -59,7 +59,8 @@ def imagenet(tmp_path_factory):
 def execute(name, tmp_path, **settings):
     """Run a notebook as a user would from its folder. -> (all text it shows, the folder of its figures)"""
     done = papermill.execute_notebook(FOLDER / f"{name}.ipynb", tmp_path / f"{name}.ipynb", cwd=FOLDER,
-                                      parameters={**settings, "figures": str(tmp_path)}, progress_bar=False)
+                                      parameters={**settings, "figures": str(tmp_path)}, progress_bar=False,
+                                      start_timeout=300)
     shown = [output for cell in done.cells for output in cell.get("outputs", [])]
     assert not [output for output in shown if "Warning" in output.get("text", "")]
     return "\n".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in shown)

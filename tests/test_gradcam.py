@@ -36,16 +36,16 @@ def captums(model, layer, x, classes):
 
 
 @pytest.mark.parametrize("head, sizes, arch, layer", [
-    ("mrl", 7, "resnet18", None), ("mrl_e", 7, "resnet18", None), ("ff64", 1, "resnet18", None),
-    ("mrl", 7, "resnet18", "layer3"), ("mrl", 7, "densenet121", "features.denseblock1")])
+    ("mrl", [8, 64, 512], "resnet18", None), ("mrl_e", [8, 64, 512], "resnet18", None),
+    ("ff64", [64], "resnet18", None), ("mrl", [8, 512], "resnet18", "layer3"), ("mrl", [8, 1024], "densenet121", None)])
 def test_equals_captum(x, head, sizes, arch, layer):
-    nesting_list = [8, 16, 32, 64, 128, 256, 512] if sizes > 1 else None
-    model = build_model(arch, head, nesting_list, num_classes=5).eval()
+    """DenseNet's `features` are followed by a ReLU in place."""
+    model = build_model(arch, head, sizes, num_classes=5).eval()
     maps, logits = gradcam.grad_cam(model, x, layer=layer)
     with torch.no_grad():
         output = model(x)
     assert torch.equal(logits, output[None] if torch.is_tensor(output) else torch.stack(output))
-    assert logits.shape == (sizes, 3, 5) and maps.shape[:2] == (sizes, 3) and maps.max() > 0
+    assert logits.shape == (len(sizes), 3, 5) and maps.shape[:2] == (len(sizes), 3) and maps.max() > 0
     expected = captums(model, layer, x, logits.argmax(-1))
     assert torch.allclose(maps, expected, rtol=1e-5, atol=1e-6 * expected.max())
 

@@ -49,7 +49,7 @@ step "the notebooks: cascades, oracle, Grad-CAM"
 (cd inference && python pytorch_inference.py --path "$out/runs/mrl/final_weights.pt" --dataset V1 "${images[@]}" \
   --output "$out/outputs" --save_softmax --save_predictions --save_gt)
 notebook() {   # name, settings
-  (cd model_analysis && papermill --log-level ERROR "$1.ipynb" "$out/outputs/$1.ipynb" "${@:2}" \
+  (cd model_analysis && papermill --log-level ERROR --start-timeout 300 "$1.ipynb" "$out/outputs/$1.ipynb" "${@:2}" \
     && jupyter nbconvert --log-level ERROR --to html "$out/outputs/$1.ipynb" --output-dir "$out")
 }
 notebook Model_Cascades -p folder "$out/outputs" -p tta False

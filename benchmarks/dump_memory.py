@@ -1,6 +1,6 @@
 """Private memory of an embedding dump against the number of images: it must not grow with it.
 
-    python benchmarks/dump_memory.py                 20,000 and 200,000 images, 2 workers, on the CPU
+    PYTHONPATH=inference python benchmarks/dump_memory.py      20,000 and 200,000 images, 2 workers, on the CPU
 
 RssAnon of the dumping process and its workers, summed, sampled 20 times a second; resident size would count the pages
 of the mapped file too. The images of a class are hard links to one file. Claim: the peaks differ by less than 100 MB.
@@ -14,11 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import features
 import numpy as np
 import torch
+from eval_sets import ImageSet, Preparation
 from PIL import Image
-
-INFERENCE = Path(__file__).resolve().parent.parent / "inference"
 
 
 def make_tree(folder, n, classes=100):
@@ -32,9 +32,6 @@ def make_tree(folder, n, classes=100):
 
 def dump(folder):
     """Runs in a process of its own: the dump of a tiny network, 512 features per image."""
-    sys.path.insert(0, str(INFERENCE))
-    import features
-    from eval_sets import ImageSet, Preparation
     tree = Path(folder, "tree")
     images = ImageSet(tree, sorted(os.listdir(tree)), None, Preparation(8, 8))
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 512)).eval()

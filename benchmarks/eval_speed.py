@@ -1,14 +1,14 @@
-"""Images/s of inference/evaluate.py against a plain loop `for x, y in loader: model(x)` of the same model and loader.
+r"""Images/s of inference/evaluate.py against a plain loop `for x, y in loader: model(x)` of the same model and loader.
 
-    python benchmarks/eval_speed.py                                        ResNet18, 112 px, the CPU
-    python benchmarks/eval_speed.py --arch resnet50 --crop 224 --images 10000 --device cuda --workers 12
+    PYTHONPATH=inference python benchmarks/eval_speed.py                   ResNet18, 112 px, on the CPU
+    PYTHONPATH=inference python benchmarks/eval_speed.py \
+        --arch resnet50 --crop 224 --images 10000 --device cuda --workers 12
 
 Rounds alternate between the two; the ratio is evaluation / plain loop (1 = no cost), per round, as median (min-max).
 Claim: within 3 %.
 """
 import argparse
 import platform
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,13 +17,11 @@ from statistics import median
 import numpy as np
 import torch
 import torchvision
+from eval_sets import ImageSet, Preparation, make_loader
+from evaluate import evaluate
 from PIL import Image
 
 from MRL import build_model
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "inference"))    # a script of that folder, from outside
-from eval_sets import ImageSet, Preparation, make_loader
-from evaluate import evaluate
 
 
 def make_images(folder, n, pixels, classes=10):

@@ -152,9 +152,11 @@ class Matryoshka_CE_Loss(nn.Module):
 
     def _summed(self, logits, target):
         """[g, N, C] -> [g] losses, summed over the images."""
-        sizes = len(logits)
+        sizes, options = len(logits), self.cross_entropy_kwargs
+        if self.weight is None and options.keys() <= {"label_smoothing"} and not target.is_floating_point():
+            return SummedCrossEntropy.apply(logits, target, options.get("label_smoothing", 0.0))
         losses = F.cross_entropy(logits.flatten(0, 1), target.repeat(sizes, *[1] * (target.dim() - 1)),
-                                 weight=self.weight, reduction="none", **self.cross_entropy_kwargs)
+                                 weight=self.weight, reduction="none", **options)
         return losses.view(sizes, -1).sum(1)
 
     def _images(self, target):
@@ -166,6 +168,30 @@ class Matryoshka_CE_Loss(nn.Module):
             kept = target[target != ignore_index]
             return self.weight[kept].sum()
         return (target != ignore_index).sum() if "ignore_index" in self.cross_entropy_kwargs else len(target)
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """F.cross_entropy with class indices and label smoothing s: logits [g, N, C], target [N] -> [g] sums, fp32.
+
+    The gradient is softmax(logits) - s / C, less 1 - s at the target. Autograd would make a full matrix for each of
+    those three and add them: on a CPU, half as long again, G times per step.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, target, smoothing):
+        log_p = logits.log_softmax(2, dtype=torch.promote_types(logits.dtype, torch.float32))
+        index = target.expand(len(logits), -1)[..., None]
+        ctx.save_for_backward(log_p, index)
+        ctx.smoothing, ctx.dtype = smoothing, logits.dtype
+        return (smoothing - 1) * log_p.gather(2, index).sum((1, 2)) - smoothing / log_p.shape[2] * log_p.sum((1, 2))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        log_p, index = ctx.saved_tensors
+        result = log_p.exp().sub_(ctx.smoothing / log_p.shape[2])
+        result.scatter_add_(2, index, result.new_full((), ctx.smoothing - 1).expand(index.shape))
+        return result.mul_(grad[:, None, None]).to(ctx.dtype), None, None
 
 
 def stack_logits(output):

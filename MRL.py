@@ -9,16 +9,20 @@
 Every folder of the repository imports this file and no other folder.
 Letters used for shapes: N images, D features, C classes, G granularities (nested sizes).
 """
+import argparse
 import json
 import math
+import operator
 import os
 import pickle
 import re
+import signal
 import sys
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -93,15 +97,18 @@ def check_width(x, needed):
 
 def check_nesting_list(nesting_list):
     """-> the sizes as a list of ints, if they are positive and increasing."""
-    sizes = list(nesting_list)
-    if not sizes or any(int(d) != d or d < 1 for d in sizes) or any(a >= b for a, b in pairwise(sizes)):
-        raise InputError(f"nesting_list must hold increasing positive integers, got {sizes}")
-    return [int(d) for d in sizes]
+    try:
+        sizes = [operator.index(d) for d in nesting_list]
+    except TypeError:
+        sizes = []
+    if not sizes or sizes[0] < 1 or any(a >= b for a, b in pairwise(sizes)):
+        raise InputError(f"nesting_list must hold increasing positive integers, got {nesting_list}")
+    return sizes
 
 
 def default_nesting_list(width, start=3):
     """Powers of two from 2**start up to the feature width, the width itself last (2048, 3 -> 8 ... 2048)."""
-    if not 0 <= start or 2 ** start > width:
+    if not 0 <= start <= math.log2(width):
         raise InputError(f"nesting_start={start}: 2**{start} is not between 1 and the feature width {width}")
     return [2 ** i for i in range(start, math.ceil(math.log2(width))) if 2 ** i < width] + [width]
 
@@ -306,9 +313,7 @@ def load_model(path, arch=None, head=None, nesting_list=None, old_ckpt=False):
     old_ckpt: the layout of the authors' released files (MRL-E keeps its matrix under fc.weight).
     The file must hold exactly the model's keys and shapes; prefixes of DDP and torch.compile are removed.
     """
-    state = read_state_dict(path)
-    params = Path(path).with_name("params.json")
-    known = json.loads(params.read_text())["model"] if params.exists() else {}
+    state, known = read_state_dict(path), read_params(path)
     given = {k: v for k, v in {"arch": arch, "head": head, "nesting_list": nesting_list}.items() if v is not None}
     for key, value in given.items():
         if key in known and known[key] != value:
@@ -316,9 +321,26 @@ def load_model(path, arch=None, head=None, nesting_list=None, old_ckpt=False):
     if old_ckpt:
         state = modern_keys(state, (known | given).get("head"))
     known = known or shown_by_shapes(path, state, **given)
-    model = build_model(**{k: v for k, v in (known | given).items() if k != "feature_dim"})
+    arguments = {k: v for k, v in (known | given).items() if k != "feature_dim"}
+    with torch.device("meta"):
+        check_fits(build_model(**arguments), state, path)      # before memory is taken for a model of any size
+    model = build_model(**arguments)
     load_exactly(model, state, path)
     return model.eval()
+
+
+def read_params(path):
+    """-> build_model's arguments as the params.json beside a checkpoint has them; {} where there is none."""
+    params = Path(path).parent / "params.json"
+    content = read_json(params)
+    if content is None:
+        return {}
+    spec, kinds = content.get("model"), {"arch": str, "head": str, "nesting_list": list, "num_classes": int,
+                                         "blurpool": bool, "feature_dim": int}
+    if not isinstance(spec, dict) or not all(isinstance(v, kinds.get(k, ())) for k, v in spec.items()):
+        raise InputError(f"{params}: its \"model\" is not what build_model takes; "
+                         "repair it, or move the checkpoint elsewhere and give flags")
+    return spec
 
 
 def read_state_dict(path):
@@ -336,9 +358,14 @@ def read_state_dict(path):
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(k, str) and dense(v) for k, v in state.items()):
         raise InputError(f"{path}: holds no state dict")
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
+
+
+def dense(value):
+    """Is it a dense tensor that holds its numbers?"""
+    return torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta
 
 
 def modern_keys(state, head):
@@ -372,8 +399,8 @@ def shown_by_shapes(path, state, arch=None, head=None, nesting_list=None):
             "blurpool": any(k.endswith("blur_filter") for k in state)}
 
 
-def load_exactly(model, state, path):
-    """Load a state dict that must hold the model's keys and shapes, no more and no less, and only finite numbers."""
+def check_fits(model, state, path):
+    """InputError unless a state dict holds the model's keys and shapes, no more and no less."""
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     found = {k: tuple(v.shape) for k, v in state.items()}
     different = [f"{k}: {found.get(k, 'missing')} instead of {expected.get(k, 'nothing')}"
@@ -382,6 +409,11 @@ def load_exactly(model, state, path):
         more = f" and {len(different) - 1} more" if len(different) > 1 else ""
         spec = model.spec
         raise InputError(f"{path}: does not fit {spec['arch']} with head {spec['head']} ({different[0]}{more})")
+
+
+def load_exactly(model, state, path):
+    """Load a state dict that must fit, and hold only finite numbers."""
+    check_fits(model, state, path)
     broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
     if broken:
         raise InputError(f"{path}: {broken[0]} holds NaN or infinite numbers ({len(broken)} such tensors)")
@@ -395,19 +427,105 @@ def replacing(path):
     """A temporary path beside `path`, renamed to it when the block ends well: nobody sees half a file."""
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")   # the suffix stays: savers look at it
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"{path} could not be written: "
+                         + ("it is a folder" if path.is_dir() else f"there is no folder {path.parent}"))
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename not in (None, str(temporary)):                     # a file that was read
+            raise
+        raise InputError(f"{path} could not be written: {error.strerror or error}") from None
+    except RuntimeError as error:
+        if not re.search("inline_container|write error", str(error)):        # what PyTorch's and FAISS's writers raise
+            raise
+        raise InputError(f"{path} could not be written: is the disk full?") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def read_json(path):
+    """-> the dictionary in a JSON file; None where there is no file."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON file as this repository writes them; remove it")
+    return content
+
+
+def read_array(path, mode="r"):
+    """-> the array of an .npy file, memory-mapped. Pickled objects are refused."""
+    try:
+        return np.lib.format.open_memmap(path, mode)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path}: not a complete .npy file of numbers ({str(error).splitlines()[0]})") from None
+
+
+def allocate(path, shape, dtype):
+    """-> a zeroed .npy file, memory-mapped to be written, whose blocks are reserved: a full disk is seen here, and not
+    as a crash of a mapped write."""
+    try:
+        array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
+        return array
+    except OSError as error:
+        Path(path).unlink(missing_ok=True)
+        needed = math.prod(shape) * np.dtype(dtype).itemsize / 1e9
+        raise InputError(f"{path}: {needed:.2f} GB are needed: {error.strerror}") from None
+
+
+def exact_labels(y, path):
+    """-> the labels of a file as int64 [N], if they are class numbers.
+
+    float16 (the original's) holds every integer up to 2048 and only every second one above: 2049 was stored as 2048.
+    """
+    y = np.asarray(y).reshape(-1)
+    if y.dtype.kind not in "iuf" or not np.isfinite(y).all() or (y != np.floor(y)).any() or (y < 0).any():
+        raise InputError(f"{path}: labels must be whole numbers from 0 up")
+    if y.dtype == np.float16 and y.max(initial=0) >= 2048:
+        raise InputError(f"{path}: float16 labels up to {y.max():.0f}, where float16 has merged classes; "
+                         "dump the embeddings again")
+    return y.astype(np.int64)
+
+
+def number(kind, least, most=math.inf):
+    """A type for argparse: an int or a float from `least` to `most`; NaN and infinity are neither."""
+    def read(text):
+        value = kind(text)
+        if not least <= value <= most or value == math.inf:
+            limits = f"{least} or more" if most == math.inf else f"between {least} and {most}"
+            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
+        return value
+
+    read.__name__ = kind.__name__          # argparse names it where `kind` cannot read the text
+    return read
+
+
 def command_line(main):
-    """Run a script's main: bad input ends with one line and exit status 1, Ctrl-C with 130."""
+    """Run a script's main. Bad input ends with one line and exit status 1, Ctrl-C with 130, SIGTERM with 143."""
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # so that temporary files are removed
     try:
         main()
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except InputError as error:
+        complain(error)
+    except OSError as error:
+        complain(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):    # PyTorch's MemoryError
+            raise
+        complain(f"not enough memory: {error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def complain(error):
+    sys.exit("error: " + " ".join(str(error).split()))

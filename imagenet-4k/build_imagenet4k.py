@@ -9,14 +9,17 @@ class's file names in sorted order the first 1,000 are the database, the next 50
 A second run goes on where the first stopped, and checks what is there.
 """
 import argparse
+import lzma
 import shutil
 import tarfile
+import zlib
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
-from MRL import InputError, command_line, replacing
+from MRL import InputError, command_line, number, replacing
 
 HERE = Path(__file__).resolve().parent
 COUNTS = {"train": 1000, "val": 50}
@@ -25,7 +28,19 @@ IMAGES = (".jpeg", ".jpg", ".png")
 
 def class_ids(path=HERE / "IDtoClass.txt"):
     """-> the classes of a list whose lines begin with a synset id."""
-    return [line.split()[0] for line in Path(path).read_text().splitlines() if line.strip()]
+    ids = [line.split()[0] for line in lines(path) if line.strip()]
+    wrong = [name for name, times in Counter(ids).items() if times > 1 or Path(name).name != name]
+    if wrong or not ids:
+        raise InputError(f"{path}: must list classes, each once and by its folder's name; "
+                         + (f"wrong: {', '.join(wrong[:5])}" if wrong else "it is empty"))
+    return ids
+
+
+def lines(path):
+    try:
+        return Path(path).read_text().splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file (UTF-8)") from None
 
 
 # ------------------------------------------------------------------------------------------------ which images
@@ -47,10 +62,10 @@ def by_rule(source, classes, counts):
 def by_list(path, classes, counts):
     """The same from a file of lines `train/<class>/<file name>` and `val/<class>/<file name>`."""
     plan = {name: {split: [] for split in counts} for name in classes}
-    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+    for row, line in enumerate(lines(path), start=1):
         parts = line.strip().split("/")
         if len(parts) != 3 or parts[0] not in counts or parts[1] not in plan:
-            raise InputError(f"{path}, line {number}: {line!r} is not train/<class>/<file> or val/<class>/<file>, "
+            raise InputError(f"{path}, line {row}: {line!r} is not train/<class>/<file> or val/<class>/<file>, "
                              "with a class of the list of classes")
         plan[parts[1]][parts[0]].append(parts[2])
     wrong = [name for name, files in plan.items() if {split: len(files[split]) for split in counts} != counts
@@ -79,7 +94,7 @@ def opened(archive):
     try:
         with tarfile.open(archive) as tar:
             yield tar
-    except tarfile.TarError as error:
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise InputError(f"{archive}: not a tar file, or truncated ({error})") from None
 
 
@@ -112,7 +127,7 @@ def from_folder(folder, places, copy):
 def from_tar(archive, places):
     with opened(archive) as tar:
         for member in tar:
-            place = places.pop(Path(member.name).name, None)
+            place = places.pop(Path(member.name).name, None) if member.isfile() else None
             if place:
                 with replacing(place) as temporary, open(temporary, "wb") as out:
                     shutil.copyfileobj(tar.extractfile(member), out)
@@ -140,7 +155,7 @@ def arguments():
     parser.add_argument("--copy", action="store_true", help="copy images instead of linking them")
     parser.add_argument("--classes", default=HERE / "IDtoClass.txt", help="list of classes (default: the 4,202)")
     for split, count in COUNTS.items():
-        parser.add_argument(f"--{split}", type=int, default=count, help=f"{split} images per class (default {count})")
+        parser.add_argument(f"--{split}", type=number(int, 1), default=count, help=f"{split} images a class ({count})")
     return parser.parse_args()
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 import which_model
+from evaluate import device_named
 from nearest import nearest, on_device
 from saved_files import fingerprint, read_arrays, write_json
 from tqdm import tqdm
@@ -31,6 +32,7 @@ from MRL import (
     classifier,
     command_line,
     default_nesting_list,
+    number,
 )
 
 ROWS = 4096                                # evaluated at a time
@@ -119,8 +121,8 @@ def svd(args):
     if about.get("checkpoint") not in (None, fingerprint(args.path)):
         raise InputError(f"--path {args.path}: the arrays {args.model} in {args.arrays} come from another checkpoint")
     head = classifier(which_model.load(args.path))[1]
-    if not isinstance(head, FixedFeatureLayer):
-        raise InputError(f"--path {args.path}: svd is for a fixed-feature model")
+    if not isinstance(head, FixedFeatureLayer) or head.in_features != X.shape[1]:
+        raise InputError(f"--path {args.path}: svd is for a fixed-feature model of {X.shape[1]} features")
     sizes = sizes_of(args, about, X.shape[1])
     logits = truncated(*(value.detach().to(args.device) for value in (head.weight, head.bias)), sizes)
     return about, {"sizes": sizes, "top1": top1(logits, X, y, args.device)}
@@ -164,10 +166,10 @@ def arguments():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", help="folder for the figures (default: that of the arrays)")
     parser.add_argument("--path", help="svd: the fixed-feature checkpoint, with its params.json")
-    parser.add_argument("--epochs", type=int, default=10, help="lp")
-    parser.add_argument("--lr", type=float, default=1e-3, help="lp")
-    parser.add_argument("--shots", type=int, nargs="+", default=[1, 3, 5, 7, 9], help="ncm")
-    parser.add_argument("--trials", type=int, default=5, help="ncm: random choices of the shots")
+    parser.add_argument("--epochs", type=number(int, 1), default=10, help="lp")
+    parser.add_argument("--lr", type=number(float, 0), default=1e-3, help="lp")
+    parser.add_argument("--shots", type=number(int, 1), nargs="+", default=[1, 3, 5, 7, 9], help="ncm")
+    parser.add_argument("--trials", type=number(int, 1), default=5, help="ncm: random choices of the shots")
     return parser.parse_args()
 
 
@@ -181,6 +183,7 @@ def show(result):
 
 def main():
     args = arguments()
+    device_named(args.device)
     about, figures = {"knn": knn, "lp": lp, "svd": svd, "ncm": ncm}[args.command](args)
     result = {"command": args.command, "model": args.model, "dataset": args.dataset,
               "checkpoint": about.get("checkpoint"), **figures}

@@ -12,6 +12,15 @@ from tqdm import tqdm
 from MRL import InputError
 
 
+def device_named(name):
+    """-> torch.device, if it can compute here."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
 def autocast(device, precision):
     """precision: fp32, fp16 or bf16."""
     if precision == "fp32":

@@ -12,11 +12,10 @@ import torch
 import torch.distributed as dist
 from eval_sets import make_loader
 from evaluate import autocast, readable_rows
-from numpy.lib.format import open_memmap
-from saved_files import check_free, read_json, write_json
+from saved_files import check_free, write_json
 from tqdm import tqdm
 
-from MRL import InputError, classifier, replacing
+from MRL import InputError, allocate, classifier, read_array, read_json, replacing
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 TODO, DONE, UNREADABLE = 0, 1, 2            # what the byte of an image says
@@ -70,28 +69,16 @@ def begin(files, about, n, overwrite):
             return
     files.plan.unlink(missing_ok=True)
     files.about.unlink(missing_ok=True)
+    files.rows.parent.mkdir(parents=True, exist_ok=True)
     allocate(files.rows, (n, about["dim"]), about["dtype"])
     allocate(files.state, (n,), np.uint8)
     write_json(files.plan, about)
 
 
-def allocate(path, shape, dtype):
-    """A zeroed .npy file whose blocks are reserved: a full disk is seen here, not as a crash of a mapped write."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        rows = open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, rows.offset + rows.nbytes)
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        needed = np.prod(shape) * np.dtype(dtype).itemsize / 1e9
-        raise InputError(f"{path}: {needed:.2f} GB are needed: {error.strerror}") from None
-
-
 @torch.inference_mode()
 def fill(model, images, files, device, batch_size, workers, precision, skip_bad_images):
     """This process's share of the batches that are still to do."""
-    X, state = (np.load(path, mmap_mode="r+") for path in (files.rows, files.state))
+    X, state = (read_array(path, "r+") for path in (files.rows, files.state))
     todo = np.unique(np.flatnonzero(state == TODO) // batch_size)[rank()::world()].tolist()
     loader = make_loader(images, batch_size, workers, device.type == "cuda", todo)
     for batch, (x, y) in zip(todo, tqdm(loader, desc=files.X.name, unit="batch", disable=rank() > 0), strict=True):
@@ -99,7 +86,9 @@ def fill(model, images, files, device, batch_size, workers, precision, skip_bad_
         readable_rows(images, y, rows.start, [], skip_bad_images)
         with autocast(device, precision):
             embeddings = model(x.to(device, non_blocking=True))
-        X[rows] = embeddings[:, :X.shape[1]].float().cpu().numpy()
+        X[rows] = embeddings[:, :X.shape[1]].to(getattr(torch, X.dtype.name)).cpu().numpy()
+        if not np.isfinite(X[rows]).all():
+            raise InputError(f"{files.X}: embeddings are NaN or infinite; try --precision fp32 and --storage fp32")
         state[rows] = np.where(y.numpy() >= 0, DONE, UNREADABLE)      # after the row is written
 
 
@@ -125,8 +114,7 @@ def copy_rows(source, target, kept):
     """A .npy file of only the rows `kept` of another one, a block at a time."""
     X = np.load(source, mmap_mode="r")
     with replacing(target) as temporary:
-        allocate(temporary, (len(kept), X.shape[1]), X.dtype)
-        out = np.load(temporary, mmap_mode="r+")
+        out = allocate(temporary, (len(kept), X.shape[1]), X.dtype)
         for start in range(0, len(kept), BLOCK):
             out[start:start + BLOCK] = X[kept[start:start + BLOCK]]
 

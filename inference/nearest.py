@@ -5,6 +5,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from MRL import InputError
+
 QUERIES, DATABASE = 4096, 16384            # rows multiplied at a time
 
 
@@ -42,4 +44,9 @@ def scores(xb, xq, sizes):
 
 
 def on_device(rows, device):
-    return torch.from_numpy(np.array(rows, dtype=np.float32)).to(device)
+    """Rows of embeddings -> float32 tensor; InputError where they are NaN or infinite: nearest to nothing."""
+    x = np.array(rows, dtype=np.float32)
+    if not np.isfinite(x).all():
+        raise InputError(f"{getattr(rows, 'filename', None) or 'the embeddings'}: holds NaN or infinite numbers; "
+                         "write it again with pytorch_inference.py --retrieval --precision fp32")
+    return torch.from_numpy(x).to(device)

@@ -21,10 +21,10 @@ import features
 import torch
 import torch.distributed as dist
 import which_model
-from evaluate import Outputs, evaluate
+from evaluate import Outputs, device_named, evaluate
 from saved_files import accuracy_path, arrays_stem, check_free, fingerprint, outputs_path, save_tensor, write_json
 
-from MRL import InputError, command_line, model_name
+from MRL import InputError, command_line, model_name, number
 
 SAVED = ("logits", "softmax", "gt", "predictions")
 
@@ -32,7 +32,7 @@ SAVED = ("logits", "softmax", "gt", "predictions")
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    add = parser.add_argument
+    add, positive, pixels = parser.add_argument, number(int, 1), number(int, 1, 10_000)
     add("--path", nargs="+", action="extend", required=True, help="checkpoint(s); several give one table")
     add("--dataset", help=f"{', '.join(eval_sets.CLASSIFICATION)} (default V1); "
                           f"with --retrieval {', '.join(eval_sets.RETRIEVAL)} (default 1K)")
@@ -48,10 +48,11 @@ def arguments():
     model("--old_ckpt", action="store_true", help="the authors' released files")
 
     work = parser.add_argument_group("how it runs").add_argument
-    work("--workers", type=natural, default=min(12, os.cpu_count()), help="processes that read images")
+    work("--workers", type=number(int, 0, 16 * os.cpu_count()), default=min(12, os.cpu_count()),
+         help="processes that read images")
     work("--batch_size", type=positive, default=256)
-    work("--resize", type=positive, default=256, help="pixels of the shorter side before the crop")
-    work("--crop", type=positive, default=224, help="pixels of the central crop")
+    work("--resize", type=pixels, default=256, help="pixels of the shorter side before the crop")
+    work("--crop", type=pixels, default=224, help="pixels of the central crop")
     work("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     work("--precision", choices=["fp32", "fp16", "bf16"],
          help="of the network (default fp32; with --retrieval on a GPU fp16, as the original)")
@@ -70,16 +71,6 @@ def arguments():
     retrieve("--random_sample_dim", type=positive, help="embed only so many random images of the database")
     retrieve("--storage", choices=list(features.DTYPES), default="fp32", help="number format of the arrays")
     return parser.parse_args()
-
-
-def natural(text, least=0):
-    if int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-    return int(text)
-
-
-def positive(text):
-    return natural(text, least=1)
 
 
 # ------------------------------------------------------------------------------------------------ classification
@@ -190,11 +181,7 @@ def origin(path, model, dataset, images, args):
 
 def start_device(args):
     """-> the device; under torchrun this process's own, after joining the group (gloo: only barriers are needed)."""
-    try:
-        device = torch.device(args.device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    device = device_named(args.device)
     if processes() > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))
         if device.type == "cuda":

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from MRL import InputError, model_name, replacing
+from MRL import InputError, exact_labels, model_name, read_array, read_json, replacing
 
 
 def outputs_path(folder, spec, dataset, tta, what):
@@ -54,28 +54,14 @@ def save_tensor(path, tensor, about):
     """A plain tensor, for torch.load(path, mmap=True, weights_only=True), and its JSON, written last."""
     companion = path.with_suffix(".json")
     companion.unlink(missing_ok=True)
-    try:
-        with replacing(path) as temporary:
-            torch.save(tensor, temporary)
-    except (RuntimeError, OSError) as error:                    # a full disk is a RuntimeError of PyTorch's writer
-        raise InputError(f"{path} could not be written, {tensor.nbytes / 1e9:.2f} GB are needed: "
-                         f"{str(error).splitlines()[0]}") from None
+    with replacing(path) as temporary:
+        torch.save(tensor, temporary)
     write_json(companion, about)
 
 
 def write_json(path, content):
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def read_json(path):
-    """-> the content, or None where there is no such file."""
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise InputError(f"{path}: not a JSON file; remove it") from None
 
 
 def check_free(companion, about, overwrite):
@@ -91,25 +77,13 @@ def check_free(companion, about, overwrite):
 # ------------------------------------------------------------------------------------------------ reading
 
 def read_arrays(folder, dataset, split, model):
-    """-> X [N, D] memory-mapped, y [N] int64, the companion's content ({} where there is none)."""
+    """-> X [N, D] float32 or float16, memory-mapped; y [N] int64; the companion's content ({} where there is none)."""
     stem = str(arrays_stem(folder, dataset, split, model))
-    try:
-        X, y = (np.load(f"{stem}-{letter}.npy", mmap_mode="r") for letter in "Xy")
-    except OSError as error:
-        raise InputError(f"{stem}-X.npy, -y.npy: {error.strerror or error}; "
-                         "write them with pytorch_inference.py --retrieval") from None
-    about = read_json(f"{stem}-X.json") or {}
-    if X.ndim != 2 or len(X) != y.size:
+    if not Path(f"{stem}-X.npy").exists():
+        raise InputError(f"{stem}-X.npy: no such file; write it with pytorch_inference.py --retrieval")
+    X, y = (read_array(f"{stem}-{letter}.npy") for letter in "Xy")
+    if X.ndim != 2 or 0 in X.shape or X.dtype not in (np.float32, np.float16):
+        raise InputError(f"{stem}-X.npy: must be float32 or float16 [N, D], is {X.dtype} {list(X.shape)}")
+    if len(X) != y.size:
         raise InputError(f"{stem}-X.npy has shape {X.shape}, -y.npy {y.shape}: they do not belong together")
-    return X, exact_labels(y, f"{stem}-y.npy"), about
-
-
-def exact_labels(y, path):
-    """-> labels as int64 [N]. The original's float16 [N, 1] are exact below 2048 only: above, classes have merged."""
-    y = np.asarray(y).reshape(-1)
-    if y.dtype == np.float16 and y.max(initial=0) >= 2048:
-        raise InputError(f"{path}: float16 labels up to {y.max():.0f}, where float16 holds only every second class or "
-                         "fewer: classes have been merged; dump the embeddings again")
-    if not np.array_equal(y, np.floor(y)) or y.min(initial=0) < 0:         # not equal: NaN too
-        raise InputError(f"{path}: labels must be whole numbers from 0 up")
-    return y.astype(np.int64)
+    return X, exact_labels(y, f"{stem}-y.npy"), read_json(f"{stem}-X.json") or {}

@@ -12,7 +12,7 @@ from MRL import NESTING_LIST, InputError, classifier, default_nesting_list, load
 def load(path, arch=None, mrl=False, efficient=False, rep_size=None, nesting_list=None, old_ckpt=False):
     """-> the model in eval mode. The arguments are the flags of pytorch_inference.py; model.spec tells what it is."""
     given = {"arch": arch, "head": head_of_flags(mrl, efficient, rep_size), "nesting_list": nesting_list}
-    if not Path(path).with_name("params.json").exists():
+    if not (Path(path).parent / "params.json").exists():
         given = with_defaults(path, agreed(path, given, released(path) if old_ckpt else {}))
     model = load_model(path, **given, old_ckpt=old_ckpt)
     largest = model.spec["nesting_list"][-1]

@@ -14,9 +14,10 @@ import json
 import numpy as np
 import outputs
 
-from MRL import InputError, command_line, replacing
+from MRL import InputError, command_line, number, replacing
 
 GRID = np.linspace(0.1, 1.0, 100)          # the thresholds that are tried: the original's
+HEADS = ("mrl", "mrl_e")
 
 
 def confidence(softmax, gt):
@@ -141,14 +142,19 @@ def apply(args):
 
 
 def read_policy(path):
+    """What `learn` wrote, or someone by hand: InputError where a value is missing or of another kind."""
     try:
         with open(path) as file:
             policy = json.load(file)
         known = {key: policy[key] for key in ("n", "fraction", "seed", "head", "nesting_list", "checkpoint", "dataset",
                                               "images", "tta")}
-        return known | {"thresholds": [float(t) for t in policy["thresholds"]]}
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: not a policy; make one with: python cascades.py learn --policy {path}") from None
+        known["thresholds"] = [float(t) for t in policy["thresholds"]]
+        if np.isfinite(known["thresholds"]).all() and known["head"] in HEADS and known["seed"] >= 0 \
+                and 0 < known["fraction"] <= 1 and known["n"] > 0:
+            return known
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise InputError(f"{path}: not a policy; make one with: python cascades.py learn --policy {path}")
 
 
 def tuned_on(policy, info, n):
@@ -172,9 +178,9 @@ def main():
         command.add_argument("--tta", action="store_true", help="the files of the mirrored-image average, as the paper")
         command.add_argument("--policy", required=True, help="JSON file")
     command = commands.choices["learn"]
-    command.add_argument("--head", default="mrl", help="mrl or mrl_e")
-    command.add_argument("--fraction", type=float, default=0.2, help="share of the images to tune on; 1 is all")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--head", default="mrl", choices=HEADS)
+    command.add_argument("--fraction", type=number(float, 0, 1), default=0.2, help="of the images, to tune on; 1: all")
+    command.add_argument("--seed", type=number(int, 0), default=0)
     args = parser.parse_args()
     args.run(args)
 

@@ -6,14 +6,13 @@ Every notebook of this folder gets its arrays here. A file's name says which mod
 .json of the same stem says the sizes, the class names and the checkpoint. Files written by the original repository
 have no .json and other spellings; they are read too.
 """
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from MRL import InputError
+from MRL import InputError, read_json
 
 # The first is what this repository writes (the original's script left `_ff=` out and some of its notebooks wrote 1 for
 # True); the second is what the original's oracle, superclass and Grad-CAM notebooks ask for: sh (single head) is MRL-E.
@@ -159,12 +158,7 @@ def describe(path, array, wanted):
 
 def companion(path):
     """-> the .json beside a file; {} where there is none (the original's files)."""
-    try:
-        return json.loads(path.with_suffix(".json").read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        raise InputError(f"{path.with_suffix('.json')}: not a JSON file; run inference again") from None
+    return read_json(path.with_suffix(".json")) or {}
 
 
 def sizes_by_name(path, array, head):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from MRL import InputError, replacing
+from MRL import InputError, exact_labels, read_array, read_json, replacing
 
 MODELS = {"mrl": "mrl1_e0", "mrl_e": "mrl1_e1", "ff": "mrl0_e0"}
 
@@ -62,15 +62,6 @@ def read_embeddings(path):
     return X
 
 
-def read_array(path):
-    try:
-        return np.load(path, mmap_mode="r")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a complete .npy file ({str(error).splitlines()[0]})") from None
-
-
 def sidecar(path):
     """What inference noted beside an -X.npy file: nesting_list, n, dim, complete, ...; empty where it noted nothing."""
     return read_json(sidecar_file(path)) or {}
@@ -81,20 +72,11 @@ def sidecar_file(path):
 
 
 def read_labels(path, n):
-    """-> [n] int64. The original's float16 [n, 1] files are read where float16 is exact.
-
-    float16 holds every integer up to 2048 and only every second one above, so 2049 was stored as 2048.
-    """
+    """-> [n] int64. The original's float16 [n, 1] files are read where float16 is exact."""
     y = read_array(path)
     if y.shape not in ((n,), (n, 1)):
         raise InputError(f"{path}: {list(y.shape)} labels do not fit {n} embeddings; write both again")
-    y = np.asarray(y).reshape(-1)
-    if y.dtype == np.float16 and y.max() >= 2048:
-        raise InputError(f"{path}: float16 labels above 2047 have merged classes; write the labels again (int64)")
-    labels = y.astype(np.int64)
-    if not np.array_equal(labels, y):
-        raise InputError(f"{path}: labels must be whole numbers")
-    return labels
+    return exact_labels(y, path)
 
 
 def labels_file(embeddings):
@@ -115,15 +97,6 @@ def fingerprint(path, X):
 
 def record_file(path):
     return Path(f"{path}.json")
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        return None
-    except json.JSONDecodeError:
-        raise InputError(f"{path}: not JSON; delete it") from None
 
 
 def fits(path, wanted):

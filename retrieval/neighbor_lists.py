@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from arrays import fits, read_array, read_json, record_file, recorded
+from arrays import fits, record_file, recorded
 from tqdm import tqdm
 
-from MRL import InputError, replacing
+from MRL import InputError, allocate, read_array, read_json, replacing
 
 
 class Recipe(NamedTuple):
@@ -77,7 +77,7 @@ def list_files(folder, dataset, model):
 def read_list(path, n, q):
     """-> I [q, k] of database rows (-1 = none) from .npy or the original's header-less CSV."""
     I = read_csv(path) if str(path).endswith(".csv") else read_array(path)
-    if I.ndim != 2 or len(I) != q or not np.issubdtype(I.dtype, np.integer):
+    if I.ndim != 2 or len(I) != q or not I.size or not np.issubdtype(I.dtype, np.integer):
         raise InputError(f"{path}: must hold integers [{q}, k], holds {I.dtype} {list(I.shape)}")
     if I.min() < -1 or I.max() >= n:
         raise InputError(f"{path}: names row {I.max() if I.max() >= n else I.min()} of a database of {n}; "
@@ -88,7 +88,7 @@ def read_list(path, n, q):
 def read_csv(path):
     try:
         return pd.read_csv(path, header=None, dtype=np.int32).to_numpy()
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise InputError(f"{path}: not a CSV of integers without a header ({str(error).strip()})") from None
 
 
@@ -101,7 +101,7 @@ def write_list(path, record, shape, find, chunk, **measured):
     partial = path.with_name(f".{path.name}.partial.npy")
     partial.parent.mkdir(parents=True, exist_ok=True)
     state = read_json(record_file(partial)) if fits(partial, record) else record | {"done": 0, "seconds": 0.0}
-    I = np.lib.format.open_memmap(partial, "r+" if state["done"] else "w+", np.int32, shape)
+    I = read_array(partial, "r+") if state["done"] else allocate(partial, shape, np.int32)
     with tqdm(total=shape[0], initial=state["done"], desc=path.name, unit="query", delay=2, leave=False) as bar:
         for lo in range(state["done"], shape[0], chunk):
             hi, started = min(lo + chunk, shape[0]), time.perf_counter()

@@ -21,7 +21,9 @@ from neighbors import INDEXES
 from report import in_per_cent, report, report_file, write_table
 from stages import Task, all_sizes, reranked, score, searched, serving_index
 
-from MRL import command_line
+from MRL import command_line, number
+
+COUNT = number(int, 1)
 
 
 def arguments():
@@ -51,43 +53,43 @@ def add_common(command, several_indexes):
 
 
 def add_search(command):
-    command.add_argument("--sizes", type=int, nargs="+", help="default: all")
-    command.add_argument("--k", type=int, help="neighbours a query (2048, or all of a smaller database)")
+    command.add_argument("--sizes", type=COUNT, nargs="+", help="default: all")
+    command.add_argument("--k", type=COUNT, help="neighbours a query (2048, or all of a smaller database)")
 
 
 def add_rerank(command):
-    command.add_argument("--retrieval_dim", type=int, required=True, help="size of the first stage: D_s")
-    command.add_argument("--rerank_dims", type=int, nargs="+", required=True, help="to re-rank at, each alone: D_r")
-    command.add_argument("--shortlist", type=int, default=200, help="candidates re-ranked (%(default)s)")
+    command.add_argument("--retrieval_dim", type=COUNT, required=True, help="size of the first stage: D_s")
+    command.add_argument("--rerank_dims", type=COUNT, nargs="+", required=True, help="to re-rank at, each alone: D_r")
+    command.add_argument("--shortlist", type=COUNT, default=200, help="candidates re-ranked (%(default)s)")
     add_k(command)
 
 
 def add_funnel(command):
-    command.add_argument("--retrieval_dim", type=int, required=True, help="size of the first stage: D_s")
-    command.add_argument("--rerank_dims", type=int, nargs="+", required=True, help="to re-rank at, one after another")
-    command.add_argument("--shortlists", type=int, nargs="+", required=True, action="append",
+    command.add_argument("--retrieval_dim", type=COUNT, required=True, help="size of the first stage: D_s")
+    command.add_argument("--rerank_dims", type=COUNT, nargs="+", required=True, help="to re-rank at, one after another")
+    command.add_argument("--shortlists", type=COUNT, nargs="+", required=True, action="append",
                          help="candidates kept at each of them; give the flag again for another funnel")
     add_k(command)
 
 
 def add_k(command):
-    command.add_argument("--k", type=int, help="length of the list to begin with (as long as needed)")
+    command.add_argument("--k", type=COUNT, help="length of the list to begin with (as long as needed)")
 
 
 def add_metrics(command):
     command.add_argument("lists", nargs="*", help=".npy or .csv files (all of the data set and model in neighbors/)")
-    command.add_argument("--ks", type=int, nargs="+", default=KS, help="(10 25 50 100), as far as a list goes")
+    command.add_argument("--ks", type=COUNT, nargs="+", default=KS, help="(10 25 50 100), as far as a list goes")
 
 
 def add_report(command):
-    command.add_argument("--sizes", type=int, nargs="+", help="default: all")
-    command.add_argument("--shortlist", type=int, default=200, help="of the adaptive grid (%(default)s)")
+    command.add_argument("--sizes", type=COUNT, nargs="+", help="default: all")
+    command.add_argument("--shortlist", type=COUNT, default=200, help="of the adaptive grid (%(default)s)")
 
 
 def add_index(command):
-    command.add_argument("--retrieval_dim", type=int, required=True)
-    command.add_argument("--rerank_dim", type=int, help="default: the full width")
-    command.add_argument("--shortlist", type=int, default=200, help="candidates re-ranked for k = 10 (%(default)s)")
+    command.add_argument("--retrieval_dim", type=COUNT, required=True)
+    command.add_argument("--rerank_dim", type=COUNT, help="default: the full width")
+    command.add_argument("--shortlist", type=COUNT, default=200, help="candidates re-ranked for k = 10 (%(default)s)")
     command.add_argument("--storage", default="float32", choices=("float32", "float16"), help="(%(default)s)")
 
 

@@ -20,7 +20,6 @@ from arrays import (
     fits,
     labels_file,
     read_embeddings,
-    read_json,
     read_labels,
     record_file,
     sidecar,
@@ -29,7 +28,7 @@ from metrics import KS, mflops_per_query, milliseconds, retrieval_metrics
 from neighbor_lists import Recipe, list_file, parse_list_file, read_list, write_list
 from rerank import funnel
 
-from MRL import InputError, default_nesting_list
+from MRL import InputError, default_nesting_list, read_json
 
 SEARCH_QUERIES = 8192             # a chunk of a search: what an interruption can lose
 RERANK_CANDIDATES = 2 ** 24       # a chunk of a re-ranking: each chunk goes through the database file once
@@ -105,7 +104,8 @@ def reranked(task, retrieval_dim, rerank_dims, shortlists, k=None):
     if task.model == "ff":
         raise InputError("fixed features of two sizes come from two models: re-ranking needs mrl or mrl_e")
     rerank_dims, shortlists = tuple(rerank_dims), tuple(shortlists)
-    source = searched(task, retrieval_dim, k or shortlists[0])
+    k = shortlists[0] if k is None else k
+    source = searched(task, retrieval_dim, k)
     data = open_data(task, max((retrieval_dim, *rerank_dims)))
     I = read_list(source, len(data.xb), len(data.xq))
     before = read_json(record_file(source)) or UNKNOWN
@@ -113,7 +113,7 @@ def reranked(task, retrieval_dim, rerank_dims, shortlists, k=None):
     def prepare():
         return lambda lo, hi: funnel(data.xb, data.xq[lo:hi], I[lo:hi], rerank_dims, shortlists)
 
-    recipe = Recipe(task.index, retrieval_dim, k or shortlists[0], rerank_dims, shortlists)
+    recipe = Recipe(task.index, retrieval_dim, k, rerank_dims, shortlists)
     return there_or_made(task, data, recipe, (len(data.xq), shortlists[-1]), prepare,
                          max(1, RERANK_CANDIDATES // shortlists[0]), before)
 
@@ -167,9 +167,12 @@ def serving_index(task, retrieval_dim, rerank_dim=None, shortlist=200, storage="
 
 def score(task, file, ks=KS):
     """-> one row of a table: what a list is, its accuracy (fractions), its cost. ks past its end are left out."""
-    recipe, _ = parse_list_file(file) or (None, None)
-    if recipe is None:
-        raise InputError(f"{file}: the name of a neighbour list says how it was made; this one does not")
+    recipe, dataset = parse_list_file(file) or (None, None)
+    if dataset != task.dataset:
+        raise InputError(f"{file}: the name of a neighbour list says how it was made and of which set; "
+                         f"this one's does not say {task.dataset}")
+    if not Path(file).is_file():
+        raise InputError(f"{file}: no such file; retrieve.py search makes it")
     data = open_data(task, max((recipe.retrieval_dim, *recipe.rerank_dims)))
     if not usable(file, data.record):
         raise InputError(f"{file}: made from other embeddings than those in {task.embeddings}; make it again")

@@ -6,7 +6,16 @@ import pytest
 import schedules
 import torch
 from conftest import fill
-from recipe import freeze, load_backbone, make_criterion, make_optimizer, model_spec, norm_parameters, train_mode
+from recipe import (
+    check_resolutions,
+    freeze,
+    load_backbone,
+    make_criterion,
+    make_optimizer,
+    model_spec,
+    norm_parameters,
+    train_mode,
+)
 
 from MRL import InputError, build_model
 
@@ -67,6 +76,19 @@ def test_flags_choose_the_head(model, head, sizes):
 def test_flags_that_contradict(model, said):
     with pytest.raises(InputError, match=said):
         model_spec(settings(**model))
+
+
+def test_networks_of_one_image_size():
+    def resolutions(train, val):
+        return SimpleNamespace(resolution=SimpleNamespace(min_res=train, max_res=train),
+                               validation=SimpleNamespace(resolution=val))
+    spec = model_spec(settings(arch="vit_b_16", mrl=1))
+    check_resolutions(resolutions(224, 224), spec)
+    with pytest.raises(InputError, match=r"--resolution.min_res=160: vit_b_16 does not take .*Expected 224"):
+        check_resolutions(resolutions(160, 224), spec)
+    with pytest.raises(InputError, match=r"--validation.resolution=256: vit_b_16"):
+        check_resolutions(resolutions(224, 256), spec)
+    check_resolutions(resolutions(160, 256), model_spec(settings(mrl=1)))
 
 
 def test_norms_by_type_finds_those_that_the_name_misses():

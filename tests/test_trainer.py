@@ -9,6 +9,7 @@ import launch
 import pytest
 import torch
 import train_imagenet
+from loaders import normalise
 from trainer import Trainer, named, table
 
 import MRL
@@ -42,12 +43,37 @@ def test_103_images_on_1_2_and_3_processes(tmp_path, run):
 
 
 @pytest.fixture
-def trainer(monkeypatch, tmp_path):
-    words = kill_and_resume.command("a", tmp_path, "run", "--model.nesting_list=4,8")
-    monkeypatch.setattr(sys, "argv", words[1:])
-    settings = train_imagenet.read_settings(train_imagenet.CONFIG, "")
-    process = launch.Process(device=torch.device("cpu"))
-    return Trainer(process, settings, train_imagenet.model_spec(settings), tmp_path)
+def make_trainer(monkeypatch, tmp_path):
+    def make(*changes):
+        monkeypatch.setattr(sys, "argv", kill_and_resume.command("a", tmp_path, "run", *changes)[1:])
+        settings = train_imagenet.read_settings(train_imagenet.CONFIG, "")
+        process = launch.Process(device=torch.device("cpu"))
+        return Trainer(process, settings, train_imagenet.model_spec(settings), tmp_path)
+    return make
+
+
+@pytest.fixture
+def trainer(make_trainer):
+    return make_trainer("--model.nesting_list=4,8")
+
+
+@pytest.mark.parametrize("arch, pixels, width", [
+    ("resnet18", 32, 512), ("convnext_tiny", 32, 768), ("efficientnet_b0", 32, 1280), ("vit_b_32", 224, 768)])
+def test_any_torchvision_classifier_learns(make_trainer, tmp_path, arch, pixels, width):
+    """Steps on one batch bring its loss down; what is saved gives the trained model's numbers again."""
+    trainer = make_trainer(f"--model.arch={arch}", "--training.label_smoothing=0")
+    assert trainer.spec["nesting_list"][-1] == width
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (2, pixels, pixels, 3), dtype=torch.uint8, generator=generator)      # as FFCV gives them
+    labels = torch.tensor([[0], [1]])
+    trainer.model.eval()      # no dropout, so that the losses can be compared
+    losses = [trainer.train_step(images, labels, 0.003).sum().item() for _ in range(3)]
+    assert losses[-1] < losses[0]
+    torch.save(trainer.model.state_dict(), tmp_path / "weights.pt")
+    loaded = MRL.load_model(tmp_path / "weights.pt", arch=arch, head="mrl", nesting_list=trainer.spec["nesting_list"])
+    x = normalise(images[:1], trainer.mean, trainer.std)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(x)[-1], trainer.model(x)[-1], rtol=1e-4, atol=1e-4)
 
 
 def test_counts_by_hand(trainer):

@@ -45,6 +45,20 @@ def model_spec(settings):
     return spec
 
 
+def check_resolutions(settings, spec):
+    """Some networks take images of one size only (torchvision's ViTs: 224), or of a least size."""
+    sizes = {"resolution.min_res": settings.resolution.min_res, "resolution.max_res": settings.resolution.max_res,
+             "validation.resolution": settings.validation.resolution}
+    with torch.device("meta"):
+        model = build_model(**{k: v for k, v in spec.items() if k != "feature_dim"}).eval()
+        for flag, pixels in sizes.items():
+            try:
+                model(torch.empty(1, 3, pixels, pixels))
+            except (AssertionError, RuntimeError, ValueError) as error:
+                raise InputError(f"--{flag}={pixels}: {spec['arch']} does not take images of this size: "
+                                 f"{str(error).splitlines()[0]}") from None
+
+
 def relative_importance(settings):
     weights = numbers(settings.model.relative_importance, float, "model.relative_importance")
     return None if weights is None else check_relative_importance(weights)

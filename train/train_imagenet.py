@@ -9,7 +9,6 @@
 On ImageNet with two GPUs the paper reports top-1 of 66.63 % at 8 dimensions, 76.80 % at 2048 (Table 1).
 Reads the files of write_imagenet.sh; leaves a run folder (see checkpoint.py) under --logging.folder.
 """
-import sys
 import time
 import uuid
 from pathlib import Path
@@ -19,8 +18,8 @@ import launch
 from fastargs import Config, Param, Section
 from fastargs.validation import And, InRange, OneOf
 from loaders import check_file, train_loader, val_loader
-from recipe import make_model, model_spec
-from settings import as_dict, read_settings
+from recipe import check_resolutions, make_model, model_spec
+from settings import as_dict, looked_up, read_settings
 from trainer import Trainer
 
 from MRL import InputError, command_line
@@ -58,7 +57,7 @@ Section("lr", "learning rate: 1.7 * global batch / 4096 for ResNet50", CONFIG).p
     lr=Param(And(float, InRange(min=0)), "peak", default=0.5),
     lr_schedule_type=Param(OneOf(["step", "cyclic", "constant"]), "shape", default="cyclic"),
     lr_peak_epoch=Param(int, "cyclic: epoch of the peak", default=2),
-    step_ratio=Param(float, "step: factor", default=0.1),
+    step_ratio=Param(And(float, InRange(min=0)), "step: factor", default=0.1),
     step_length=Param(COUNT, "step: epochs between steps", default=30),
 )
 Section("logging", "what is left behind", CONFIG).params(
@@ -77,9 +76,9 @@ Section("training", "training", CONFIG).params(
     path=Param(str, "weights for eval_only"),
     batch_size=Param(COUNT, "per process", default=512),
     optimizer=Param(And(str, OneOf(["sgd"])), "optimiser", default="sgd"),
-    momentum=Param(float, "momentum", default=0.9),
-    weight_decay=Param(float, "weight decay", default=4e-5),
-    bn_wd=Param(float, "weight decay of norm parameters", default=0.0),
+    momentum=Param(And(float, InRange(min=0)), "momentum", default=0.9),
+    weight_decay=Param(And(float, InRange(min=0)), "weight decay", default=4e-5),
+    bn_wd=Param(And(float, InRange(min=0)), "weight decay of norm parameters", default=0.0),
     norms_by_type=Param(SWITCH, "norm parameters by module type, not by 'bn' in the name (which misses downsample.1)",
                         default=0),
     epochs=Param(COUNT, "epochs", default=30),
@@ -89,7 +88,7 @@ Section("training", "training", CONFIG).params(
     device=Param(And(str, OneOf(["cuda", "cpu"])), "cpu only where asked for", default="cuda"),
     precision=Param(And(str, OneOf(["fp16", "bf16", "fp32"])), "[default: fp16 on a GPU, fp32 on a CPU]"),
     compile=Param(SWITCH, "torch.compile", default=0),
-    seed=Param(And(int, InRange(min=0)), "initial weights, order, crops and flips", default=0),
+    seed=Param(And(int, InRange(min=0, max=2 ** 32 - 1)), "initial weights, order, crops and flips", default=0),
     resume=Param(str, "run folder to continue, with its own settings"),
 )
 Section("dist", "processes started by this script; under torchrun its environment wins", CONFIG).params(
@@ -133,6 +132,7 @@ def check(settings, spec):
         raise InputError("--training.eval_only=1 and --training.path=<weights> go together")
     if settings.training.precision == "fp16" and settings.training.device == "cpu":
         raise InputError("--training.precision=fp16: on a CPU use fp32 or bf16")
+    check_resolutions(settings, spec)
     images = check_file(settings.data.train_dataset, spec["num_classes"])
     check_file(settings.data.val_dataset, spec["num_classes"])
     batch = settings.training.batch_size * settings.dist.world_size
@@ -156,14 +156,8 @@ def open_folder(folder, settings, spec):
     return checkpoint.restore(folder)
 
 
-def resumed(words):
-    """-> the value of --training.resume, looked for before the settings are read: they come from that folder."""
-    values = [word.split("=", 1)[1] for word in words if word.startswith("--training.resume=")]
-    return Path(values[-1]) if values else None
-
-
 def main():
-    folder = resumed(sys.argv[1:])
+    folder = looked_up("--training.resume", type=Path)      # the settings come from there
     settings = read_settings(CONFIG, __doc__, checkpoint.saved_settings(folder) if folder else None)
     settings.dist.world_size = launch.world_size(settings)
     spec = model_spec(settings)

@@ -1,0 +1,82 @@
+"""What the documents tell people to type: the code blocks run, and every flag and file they name exists."""
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.utils.data import DataLoader, TensorDataset
+
+from MRL import build_model
+
+DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")})
+SCRIPTS = {path.name: path for folder in ("train", "inference", "retrieval", "model_analysis", "imagenet-4k", "demo",
+                                          "benchmarks") for path in (ROOT / folder).glob("*.py")}
+
+
+def blocks(text, language=""):
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.M | re.S)
+
+
+def test_use_it_from_other_code(tmp_path, monkeypatch):
+    """The three blocks of that section, one after the other, on a tiny loader and a tiny checkpoint."""
+    section = (ROOT / "README.md").read_text().split("## Use it from other code")[1].split("\n## ")[0]
+    loop, load, cut = blocks(section, "python")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 3, 32, 32), torch.arange(40) % 10
+    world = {"loader": DataLoader(TensorDataset(x, y), batch_size=8)}
+    exec(loop, world)
+    with torch.no_grad():
+        outputs = world["head"](world["backbone"](x))
+    assert [tuple(logits.shape) for logits in outputs] == [(40, 10)] * 4
+    before = world["loss"](outputs, y).item()
+    exec(loop.split("optimizer = ")[0].split("backbone = ")[0] + "for images, labels in loader:"
+         + loop.split("for images, labels in loader:")[1], world)
+    with torch.no_grad():
+        assert world["loss"](world["head"](world["backbone"](x)), y).item() < before
+
+    model = build_model("resnet18", "mrl", num_classes=4, blurpool=False)
+    torch.save(model.state_dict(), "final_weights.pt")
+    bare = load.replace('"final_weights.pt")', '"final_weights.pt", arch="resnet18", head="mrl")')
+    assert bare != load
+    exec(bare, world)
+    assert world["features"].shape == (8, 512)
+    assert torch.equal(world["features"], model.eval().to(torch.float32)._modules["avgpool"](
+        torch.nn.Sequential(*list(model.children())[:-2])(world["images"])).flatten(1))
+    exec(cut, world)
+    assert world["vectors"].shape == (8, 64)
+    assert (world["vectors"] ** 2).sum(1) == pytest.approx(1)
+
+
+def commands():
+    """(document, script, flags) of each command in a code block or in `code`."""
+    for document in DOCUMENTS:
+        text = document.read_text()
+        for code in [*blocks(text, r"\w*"), *re.findall(r"`([^`\n]+)`", text)]:
+            for line in re.sub(r"\\\n", " ", code).splitlines():
+                for name, rest in re.findall(r"(?:python|torchrun)\b.*?([\w/]+\.py)(.*)", line):
+                    yield document, name.split("/")[-1], set(re.findall(r"--([a-z_][\w.-]*)", rest))
+
+
+def test_every_command_of_the_documents_has_a_script_and_its_flags(run):
+    wanted = {}
+    for document, name, flags in commands():
+        assert name in SCRIPTS or (ROOT / "tests" / name).exists(), f"{document.name} names {name}"
+        wanted.setdefault(name, set()).update(flags)
+    assert {"train_imagenet.py", "pytorch_inference.py", "retrieve.py", "baselines.py"} <= wanted.keys()
+    for name, flags in wanted.items():
+        path = SCRIPTS.get(name, ROOT / "tests" / name)
+        text = path.read_text()
+        for flag in flags - {"config-file", "help"}:
+            written = rf"\b{flag.split('.')[-1]}=Param|--{flag}\b"
+            if not re.search(written, text):      # made up of parts in the source
+                text += run(path.parent.relative_to(ROOT), f"{name} --help").stdout
+            assert re.search(written, text), f"{name} has no --{flag}"
+
+
+def test_links_lead_somewhere():
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#\s]+)\)|(?:src|href)=\"([^\"]+)\"", document.read_text()):
+            target = target[0] or target[1]
+            if not target.startswith("http"):
+                assert (document.parent / target).exists(), f"{document.name}: {target}"

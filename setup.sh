@@ -46,11 +46,9 @@ install_headers() {      # what FFCV is compiled against
 install_packages() {
   local skip='^$'
   if "$python" -c "import torch, torchvision" 2>/dev/null; then skip='^torch'; fi      # keep the PyTorch that is there
-  grep -vE "$skip" requirements.txt > .requirements.tmp
   say "installing the Python packages (PyTorch is large; this takes minutes)"
   PKG_CONFIG_PATH=$PWD/setup:${PKG_CONFIG_PATH:-} "$python" -m pip install -q --disable-pip-version-check \
-    --root-user-action=ignore -r .requirements.tmp >&2
-  rm .requirements.tmp
+    --root-user-action=ignore -r <(grep -vE "$skip" requirements.txt) >&2
 }
 
 python=$(choose_python)

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 NESTING_LIST = [8, 16, 32, 64, 128, 256, 512, 1024, 2048]
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # ImageNet's, of pixels in 0 ... 1
 
 
 class InputError(ValueError):
@@ -216,6 +217,22 @@ def check_relative_importance(weights):
     return weights
 
 
+# ------------------------------------------------------------------------------------------------ accuracy
+
+def count(logits, target):
+    """logits [G, N, C], target [N] -> [3, G] float64: sums over the images of top-1 hits, top-5 hits, cross-entropy."""
+    sizes, n, classes = logits.shape
+    hits = logits.topk(min(5, classes), dim=-1).indices == target[:, None]                # [G, N, 5]
+    loss = F.cross_entropy(logits.float().flatten(0, 1), target.repeat(sizes), reduction="none").view(sizes, n)
+    return torch.stack([hits[..., 0].sum(1), hits.any(-1).sum(1), loss.double().sum(1)])
+
+
+def autocast(device, precision):
+    """The context in which a network runs in fp32, fp16 or bf16."""
+    return torch.autocast(torch.device(device).type, {"fp16": torch.float16}.get(precision, torch.bfloat16),
+                          enabled=precision != "fp32")
+
+
 # ------------------------------------------------------------------------------------------------ models
 
 class BlurPool(nn.Module):
@@ -272,6 +289,17 @@ def torchvision_model(arch, pretrained=False):
     return models.get_model(arch, weights="DEFAULT" if pretrained else None, **({} if pretrained else extra))
 
 
+def build_from_spec(spec, pretrained=False):
+    """A new model like the one whose `spec` it is."""
+    return build_model(**{key: value for key, value in spec.items() if key != "feature_dim"}, pretrained=pretrained)
+
+
+def feature_width(arch):
+    """-> D, how many features an architecture gives its classifier."""
+    with torch.device("meta"):      # costs nothing: only the shapes are needed
+        return classifier(torchvision_model(arch))[1].in_features
+
+
 def classifier(model):
     """-> (name, module) of the classifier: our head if there is one, else the last linear layer."""
     kinds = (MRL_Linear_Layer, FixedFeatureLayer)
@@ -321,10 +349,10 @@ def load_model(path, arch=None, head=None, nesting_list=None, old_ckpt=False):
     if old_ckpt:
         state = modern_keys(state, (known | given).get("head"))
     known = known or shown_by_shapes(path, state, **given)
-    arguments = {k: v for k, v in (known | given).items() if k != "feature_dim"}
+    spec = known | given
     with torch.device("meta"):
-        check_fits(build_model(**arguments), state, path)      # before memory is taken for a model of any size
-    model = build_model(**arguments)
+        check_fits(build_from_spec(spec), state, path)      # before memory is taken for a model of any size
+    model = build_from_spec(spec)
     load_exactly(model, state, path)
     return model.eval()
 
@@ -420,7 +448,7 @@ def load_exactly(model, state, path):
     model.load_state_dict(state)
 
 
-# ------------------------------------------------------------------------------------------------ for all commands
+# ------------------------------------------------------------------------------------------------ files and commands
 
 @contextmanager
 def replacing(path):
@@ -458,6 +486,11 @@ def read_json(path):
     return content
 
 
+def write_json(path, content):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
 def read_array(path, mode="r"):
     """-> the array of an .npy file, memory-mapped. Pickled objects are refused."""
     try:
@@ -483,11 +516,11 @@ def allocate(path, shape, dtype):
 
 
 def exact_labels(y, path):
-    """-> the labels of a file as int64 [N], if they are class numbers.
+    """-> the labels of a file as int64 of the same shape, if they are class numbers.
 
     float16 (the original's) holds every integer up to 2048 and only every second one above: 2049 was stored as 2048.
     """
-    y = np.asarray(y).reshape(-1)
+    y = np.asarray(y)
     if y.dtype.kind not in "iuf" or not np.isfinite(y).all() or (y != np.floor(y)).any() or (y < 0).any():
         raise InputError(f"{path}: labels must be whole numbers from 0 up")
     if y.dtype == np.float16 and y.max(initial=0) >= 2048:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import fill
+from sklearn.metrics import log_loss, top_k_accuracy_score
 
 import MRL
 from MRL import InputError, Matryoshka_CE_Loss, MRL_Linear_Layer, build_model, load_model, stack_logits
@@ -137,6 +138,27 @@ def test_relative_importance_is_a_buffer_and_checked():
         Matryoshka_CE_Loss([1, 2])(torch.randn(3, 6, 4), torch.zeros(6, dtype=torch.long))
 
 
+def test_count_agrees_with_scikit_learn():
+    rng = np.random.default_rng(0)
+    logits, y = rng.standard_normal((3, 200, 12)), rng.integers(0, 12, 200)
+    top1, top5, loss = (MRL.count(torch.tensor(logits), torch.tensor(y)) / 200).tolist()
+    for g in range(3):
+        probabilities = np.exp(logits[g]) / np.exp(logits[g]).sum(1, keepdims=True)
+        assert top1[g] == pytest.approx(top_k_accuracy_score(y, logits[g], k=1))
+        assert top5[g] == pytest.approx(top_k_accuracy_score(y, logits[g], k=5))
+        assert loss[g] == pytest.approx(log_loss(y, probabilities, labels=range(12)))
+
+
+def test_counts_by_hand():
+    logits = torch.tensor([[[3., 1, 2, 0, -1, -2, -3], [1, 2, 3, 4, 5, 6, 7]],
+                           [[0., 1, 2, 3, 4, 5, 6], [7, 6, 5, 4, 3, 2, 1]]])      # two sizes, two images, seven classes
+    top1, top5, loss = MRL.count(logits, torch.tensor([0, 1]))
+    assert top1.tolist() == [1, 0] and top5.tolist() == [1, 1]
+    assert loss[0].item() == pytest.approx(F.cross_entropy(logits[0], torch.tensor([0, 1]), reduction="sum").item())
+    top1, top5, _ = MRL.count(torch.tensor([[[3., 2, 1], [3, 2, 1]]]), torch.tensor([0, 2]))      # fewer than five
+    assert (top1.item(), top5.item()) == (1, 2)
+
+
 def test_default_sizes():
     assert MRL.default_nesting_list(2048) == MRL.NESTING_LIST
     assert MRL.default_nesting_list(2048, 4)[0] == 16
@@ -256,3 +278,30 @@ def test_replacing_leaves_nothing_half_written(tmp_path):
     with MRL.replacing(target) as path:
         path.write_text("new")
     assert target.read_text() == "new" and list(tmp_path.iterdir()) == [target]
+
+
+# ---- files
+
+def test_json(tmp_path):
+    assert MRL.read_json(tmp_path / "a.json") is None
+    MRL.write_json(tmp_path / "a.json", {"sizes": [8, 16]})
+    assert MRL.read_json(tmp_path / "a.json") == {"sizes": [8, 16]}
+    for content in (b"", b"{", b"\xff\xfe"):
+        (tmp_path / "a.json").write_bytes(content)
+        with pytest.raises(InputError, match=r"a.json: not a JSON file"):
+            MRL.read_json(tmp_path / "a.json")
+
+
+def test_labels_of_any_kind_are_exact_or_refused():
+    true = np.arange(4202)
+    for stored in (true, true.astype(np.float32), true.astype(np.uint16)):
+        labels = MRL.exact_labels(stored, "y.npy")
+        assert labels.dtype == np.int64 and labels.tolist() == true.tolist()
+    assert MRL.exact_labels(np.arange(2048).astype(np.float16)[:, None], "y.npy").shape == (2048, 1)
+    merged = true.astype(np.float16)
+    assert (merged.astype(int) != true).sum() == 1103                   # what the original's format lost
+    with pytest.raises(InputError, match=r"y.npy: float16 labels up to 4200, .*merged classes"):
+        MRL.exact_labels(merged, "y.npy")
+    for wrong in (0.5, -1, np.nan, np.inf, "cat"):
+        with pytest.raises(InputError, match="whole numbers"):
+            MRL.exact_labels(np.array([0, wrong] if wrong != "cat" else ["cat"]), "y.npy")

@@ -20,7 +20,7 @@ import torch
 import which_model
 from evaluate import device_named
 from nearest import nearest, on_device
-from saved_files import fingerprint, read_arrays, write_json
+from saved_files import fingerprint, read_arrays
 from tqdm import tqdm
 
 from MRL import (
@@ -33,6 +33,7 @@ from MRL import (
     command_line,
     default_nesting_list,
     number,
+    write_json,
 )
 
 ROWS = 4096                                # evaluated at a time
@@ -40,17 +41,17 @@ ROWS = 4096                                # evaluated at a time
 
 # ------------------------------------------------------------------------------------------------ on arrays
 
-def linear_probe(X, y, sizes, epochs=10, lr=1e-3, batch_size=1024, device="cpu", seed=0):
+def linear_probe(X, y, sizes, epochs=10, lr=1e-3, batch_size=1024, device="cpu"):
     """Fit a linear classifier on each prefix of frozen features: an MRL head whose matrices share nothing.
 
     X [n, D], y [n] int64 -> MRL_Linear_Layer. Adam, cosine learning rate down to 0.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     head, loss = MRL_Linear_Layer(sizes, int(y.max()) + 1).to(device), Matryoshka_CE_Loss()
     optimizer = torch.optim.Adam(head.parameters(), lr=lr)
     steps = -(-len(X) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     for epoch in range(epochs):
         batches = np.array_split(rng.permutation(len(X)), steps)
         for rows in tqdm(batches, desc=f"epoch {epoch + 1}/{epochs}", unit="batch", leave=False):

@@ -1,25 +1,17 @@
-"""The evaluation sets as rows of data, and their images as (x, y).
+"""The evaluation sets as rows of data: where a set lies, which class folders it must have, and where to get it.
 
-A row says where a set lies under the data root, which class folders it must have, and where to get it.
 `open_set` checks the folders against the row and lists the images; pytorch_inference.py evaluates or embeds them.
 """
-import hashlib
 import os
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from image_set import ImageSet, some
 
 from MRL import InputError
 
 HERE = Path(__file__).resolve().parent
 SYNSETS, SYNSETS_4K = "imagenet_synsets.txt", "imagenet4k_synsets.txt"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Row(NamedTuple):
@@ -144,89 +136,3 @@ def check_folders(row, folder, found, expected):
         parts = [f"{what} {some(names)}" for what, names in (("missing", missing), ("not of it", extra)) if names]
         raise InputError(f"{row.title} needs {len(expected)} class folders, found {len(found)} in {folder}; "
                          f"{'; '.join(parts)}; get it from {row.source}")
-
-
-def some(names, limit=5):
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-# ------------------------------------------------------------------------------------------------ the images
-
-class ImageSet(Dataset):
-    """Images of class folders: item i is (x [3, crop, crop] float32 normalised, y int).
-
-    An unreadable file is (zeros, -1): batches keep their composition, and the caller decides what it means.
-    classes: folder names, label order. subset: logits to keep, or None. labels: int64 [N].
-    File names are kept as one array of bytes: a list of a million strings would be copied into every worker.
-    """
-
-    def __init__(self, folder, classes, subset, transform):
-        self.folder, self.classes, self.subset, self.transform = Path(folder), classes, subset, transform
-        names = [image_names(folder, name) for name in classes]
-        empty = [name for name, files in zip(classes, names, strict=True) if not len(files)]
-        if empty:
-            raise InputError(f"{folder}: {len(empty)} class folder(s) hold no images: {some(empty)}")
-        self.labels = np.repeat(np.arange(len(classes)), [len(files) for files in names])
-        self.files = np.concatenate(names)
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, i):
-        path, label = self.path(i), int(self.labels[i])
-        try:
-            image = read_rgb(path)
-        except Exception:                      # whatever a decoder makes of broken bytes
-            return torch.zeros(3, *self.transform.crop), -1
-        return self.transform(image), label
-
-    def sample(self, n, seed=0):
-        """Keep n random images, in their order."""
-        if n < len(self):
-            kept = np.sort(np.random.default_rng(seed).choice(len(self), n, replace=False))
-            self.files, self.labels = self.files[kept], self.labels[kept]
-
-    def digest(self):
-        """16 hex digits that stand for the list of files and their classes."""
-        listed = "/".join(self.classes).encode(), self.files.tobytes(), self.labels.tobytes()
-        return hashlib.sha256(b"".join(listed)).hexdigest()[:16]
-
-    def path(self, i):
-        return self.folder / self.classes[self.labels[i]] / os.fsdecode(self.files[i])
-
-    def why_unreadable(self, i):
-        try:
-            read_rgb(self.path(i))
-        except Exception as error:
-            return f"{self.path(i)} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        return f"{self.path(i)} (readable now)"
-
-
-def read_rgb(path):
-    """-> the image as RGB; grey, palette and CMYK files are converted."""
-    with Image.open(path) as image:
-        return image.convert("RGB")
-
-
-def image_names(folder, class_name):
-    """-> the image files of one class folder, relative to it, sorted: bytes [n]."""
-    samples = make_dataset(str(folder), {class_name: 0}, IMG_EXTENSIONS, allow_empty=True)
-    start = len(os.path.join(folder, class_name, ""))
-    return np.array([os.fsencode(path[start:]) for path, _ in samples], dtype=bytes)
-
-
-class Preparation(transforms.Compose):
-    """Resize the shorter side, crop the centre, normalise: image -> x [3, crop, crop]."""
-
-    def __init__(self, resize=256, crop=224):
-        super().__init__([transforms.Resize(resize), transforms.CenterCrop(crop), transforms.ToTensor(),
-                          transforms.Normalize(MEAN, STD)])
-        self.crop = (crop, crop)
-
-
-def make_loader(images, batch_size, workers, pin_memory=False, batches=None):
-    """(x, y) in order, in batches of `batch_size`. batches: only these, by number, in this order."""
-    total = len(images)
-    numbers = range(-(-total // batch_size)) if batches is None else batches
-    rows = [range(b * batch_size, min((b + 1) * batch_size, total)) for b in numbers]
-    return DataLoader(images, batch_sampler=rows, num_workers=workers, pin_memory=pin_memory)

@@ -1,15 +1,13 @@
 """Accuracy of a checkpoint per representation size, and the outputs that model_analysis reads.
 
-One path for all heads: logits are [G, N, C], and a fixed-feature model is the case G = 1.
+One path for all heads: logits are [G, N, C], and a fixed-feature model is the case G = 1. Used by pytorch_inference.py.
 """
 import time
-from contextlib import nullcontext
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from MRL import InputError
+from MRL import InputError, autocast, count, stack_logits
 
 
 def device_named(name):
@@ -21,26 +19,10 @@ def device_named(name):
     return torch.device(name)
 
 
-def autocast(device, precision):
-    """precision: fp32, fp16 or bf16."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(torch.device(device).type, {"fp16": torch.float16, "bf16": torch.bfloat16}[precision])
-
-
 def all_sizes(model, x, tta=False):
     """-> logits [G, N, C] float32; tta adds those of the mirrored images."""
-    output = model(x)
-    logits = (output[None] if torch.is_tensor(output) else torch.stack(output)).float()
+    logits = stack_logits(model(x)).float()
     return logits + all_sizes(model, x.flip(-1)) if tta else logits
-
-
-def count(logits, y):
-    """-> [3, G] float64: sums over the N images of top-1 hits, top-5 hits and cross-entropy."""
-    sizes, n, classes = logits.shape
-    hits = logits.topk(min(5, classes), dim=-1).indices == y[:, None]                     # [G, N, 5]
-    loss = F.cross_entropy(logits.flatten(0, 1), y.repeat(sizes), reduction="none").view(sizes, n)
-    return torch.stack([hits[..., 0].sum(1), hits.sum((1, 2)), loss.double().sum(1)])
 
 
 @torch.inference_mode()

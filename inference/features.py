@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from eval_sets import make_loader
-from evaluate import autocast, readable_rows
-from saved_files import check_free, write_json
+from evaluate import readable_rows
+from image_set import make_loader
+from saved_files import check_free
 from tqdm import tqdm
 
-from MRL import InputError, allocate, classifier, read_array, read_json, replacing
+from MRL import InputError, allocate, autocast, classifier, read_array, read_json, replacing, write_json
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 TODO, DONE, UNREADABLE = 0, 1, 2            # what the byte of an image says

@@ -22,9 +22,10 @@ import torch
 import torch.distributed as dist
 import which_model
 from evaluate import Outputs, device_named, evaluate
-from saved_files import accuracy_path, arrays_stem, check_free, fingerprint, outputs_path, save_tensor, write_json
+from image_set import Preparation, make_loader, some
+from saved_files import accuracy_path, arrays_stem, check_free, fingerprint, outputs_path, save_tensor
 
-from MRL import InputError, command_line, model_name, number
+from MRL import InputError, command_line, model_name, number, write_json
 
 SAVED = ("logits", "softmax", "gt", "predictions")
 
@@ -78,7 +79,6 @@ def arguments():
 def classify(args, device):
     """Accuracy of each checkpoint; several give one table."""
     name, row = eval_sets.lookup(eval_sets.CLASSIFICATION, args.dataset or "V1")
-    Path(args.output).mkdir(parents=True, exist_ok=True)
     runs = []
     for path in dict.fromkeys(args.path):
         runs.append(classify_one(path, name, row, args, device, taken={run["model"] for run in runs}))
@@ -97,20 +97,27 @@ def classify_one(path, name, row, args, device, taken):
     images = opened_set(row, model, args)
     about = {**origin(path, model, name, images, args), "num_classes": len(images.classes), "tta": args.tta,
              "precision": args.precision or "fp32"}
-    files = {what: outputs_path(args.output, model.spec, name, args.tta, what) for what in wanted(args)}
-    companions = {what: companion(what, about, images) for what in files}
-    for what, file in files.items():
-        check_free(file.with_suffix(".json"), companions[what], args.overwrite and model_name(model.spec) not in taken)
-
+    files = planned(model.spec, name, about, images, args, args.overwrite and model_name(model.spec) not in taken)
+    Path(args.output).mkdir(parents=True, exist_ok=True)
     keep = Outputs(len(about["nesting_list"]), len(images), len(images.classes), list(files)) if files else None
-    loader = eval_sets.make_loader(images, args.batch_size, args.workers, device.type == "cuda")
+    loader = make_loader(images, args.batch_size, args.workers, device.type == "cuda")
     result = evaluate(model, images, loader, device, args.tta, about["precision"], args.skip_bad_images, keep)
     run = {"model": model_name(model.spec), "path": path, **about, **result, "spec": model.spec, "device": args.device,
            "folder": str(images.folder), "batch_size": args.batch_size, "torch": torch.__version__}
     write_json(accuracy_path(args.output, model.spec, name, args.tta, about["checkpoint"]), run)
     for what, tensor in keep.tensors() if keep else ():
-        save_tensor(files[what], tensor, companions[what] | {"n": result["n"], "skipped": result["skipped"]})
+        file, says = files[what]
+        save_tensor(file, tensor, says | {"n": result["n"], "skipped": result["skipped"]})
     return run
+
+
+def planned(spec, dataset, about, images, args, overwrite):
+    """-> {what: (file, its companion's content)} of what --save_* asks for, if none is there of another run."""
+    files = {what: (outputs_path(args.output, spec, dataset, args.tta, what), companion(what, about, images))
+             for what in wanted(args)}
+    for file, says in files.values():
+        check_free(file.with_suffix(".json"), says, overwrite)
+    return files
 
 
 def wanted(args):
@@ -154,7 +161,7 @@ def same_classes(opened):
     if len({tuple(classes) for classes in orders.values()}) > 1:
         different = sorted(set(orders["train"]) ^ set(orders["val"]))
         raise InputError(f"{opened['train'].folder} and {opened['val'].folder} have different class folders: "
-                         f"{eval_sets.some(different)}")
+                         f"{some(different)}")
 
 
 # ------------------------------------------------------------------------------------------------ both
@@ -166,7 +173,7 @@ def checkpoint(path, args):
 def opened_set(row, model, args):
     if args.resize < args.crop:
         raise InputError(f"--resize {args.resize} is smaller than --crop {args.crop}")
-    preparation = eval_sets.Preparation(args.resize, args.crop)
+    preparation = Preparation(args.resize, args.crop)
     images = eval_sets.open_set(row, model.spec["num_classes"], preparation, args.data_root, args.retrieval)
     if (note := eval_sets.incomplete(row, images)) and features.rank() == 0:
         print(note)

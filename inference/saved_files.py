@@ -8,13 +8,12 @@ Beside each .pth and each -X.npy lies a .json that says which checkpoint and ima
 runs are never mixed: what belongs to another run is not overwritten unless that was asked for.
 """
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from MRL import InputError, exact_labels, model_name, read_array, read_json, replacing
+from MRL import InputError, exact_labels, model_name, read_array, read_json, replacing, write_json
 
 
 def outputs_path(folder, spec, dataset, tta, what):
@@ -59,11 +58,6 @@ def save_tensor(path, tensor, about):
     write_json(companion, about)
 
 
-def write_json(path, content):
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-
-
 def check_free(companion, about, overwrite):
     """Refuse to replace files whose companion says that they came from something else."""
     old = read_json(companion) or about
@@ -86,4 +80,4 @@ def read_arrays(folder, dataset, split, model):
         raise InputError(f"{stem}-X.npy: must be float32 or float16 [N, D], is {X.dtype} {list(X.shape)}")
     if len(X) != y.size:
         raise InputError(f"{stem}-X.npy has shape {X.shape}, -y.npy {y.shape}: they do not belong together")
-    return X, exact_labels(y, f"{stem}-y.npy"), read_json(f"{stem}-X.json") or {}
+    return X, exact_labels(y, f"{stem}-y.npy").reshape(-1), read_json(f"{stem}-X.json") or {}

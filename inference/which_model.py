@@ -1,18 +1,19 @@
 """From a checkpoint and flags to a model: which network and head a file holds.
 
 A run of train/ says it in params.json beside the file. For a bare file the flags say it, the name of a file released by
-the authors, the file's shapes, and last the original's defaults. What contradicts is an error, never overruled.
+the authors, the file's shapes, and last the original's defaults. What contradicts is an error, never overruled. Used by
+pytorch_inference.py and baselines.py.
 """
 import re
 from pathlib import Path
 
-from MRL import NESTING_LIST, InputError, classifier, default_nesting_list, load_model, torchvision_model
+from MRL import NESTING_LIST, InputError, default_nesting_list, feature_width, load_model, read_params
 
 
 def load(path, arch=None, mrl=False, efficient=False, rep_size=None, nesting_list=None, old_ckpt=False):
     """-> the model in eval mode. The arguments are the flags of pytorch_inference.py; model.spec tells what it is."""
     given = {"arch": arch, "head": head_of_flags(mrl, efficient, rep_size), "nesting_list": nesting_list}
-    if not (Path(path).parent / "params.json").exists():
+    if not read_params(path):
         given = with_defaults(path, agreed(path, given, released(path) if old_ckpt else {}))
     model = load_model(path, **given, old_ckpt=old_ckpt)
     largest = model.spec["nesting_list"][-1]
@@ -52,6 +53,6 @@ def with_defaults(path, given):
     """The original's defaults for what does not show in a file. load_model holds the result to the file's shapes."""
     arch, sizes = given["arch"] or "resnet50", given["nesting_list"]
     if given["head"] == "mrl_e" and sizes is None:
-        sizes = default_nesting_list(classifier(torchvision_model(arch))[1].in_features)
+        sizes = default_nesting_list(feature_width(arch))
         print(f"{path}: the sizes of an MRL-E file do not show in it, taking {sizes} (--nesting_list changes them)")
     return {**given, "arch": arch, "nesting_list": sizes}

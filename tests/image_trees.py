@@ -1,4 +1,4 @@
-"""Tiny image folders and checkpoints for the tests of inference/.
+"""Tiny image folders and checkpoints for the tests of inference/ and of what reads its files.
 
 Every image has one colour, which spells the index of a class: (index // 256, index % 256, 0). `ColourReader` reads it
 back and answers with that class, so it is right on every image exactly if the labels are.
@@ -7,22 +7,21 @@ import json
 from pathlib import Path
 
 import torch
-from eval_sets import MEAN, STD
 from PIL import Image
 
-from MRL import build_model
+from MRL import MEAN, STD, build_model
 
 SIZE = 8
 
 
-def write_image(path, index, mode="RGB"):
+def write_image(path, index):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (SIZE, SIZE), (index // 256, index % 256, 0)).convert(mode).save(path, format="PNG")
+    Image.new("RGB", (SIZE, SIZE), (index // 256, index % 256, 0)).save(path, format="PNG")
 
 
-def make_tree(folder, classes, per_class=1, first_index=0):
-    """classes: folder names; the images of folder k spell index first_index + k, or classes[name] of a dictionary."""
-    indices = classes if isinstance(classes, dict) else {name: first_index + k for k, name in enumerate(classes)}
+def make_tree(folder, classes, per_class=1):
+    """classes: folder names; the images of folder k spell index k, or classes[name] of a dictionary."""
+    indices = classes if isinstance(classes, dict) else {name: k for k, name in enumerate(classes)}
     for name, index in indices.items():
         for i in range(per_class):
             write_image(Path(folder) / name / f"{name}_{i}.JPEG", index)

@@ -13,12 +13,12 @@ from sklearn.neighbors import NearestCentroid
 from MRL import InputError, load_model
 
 
-def clusters(n, seed, classes=5, dim=16, spread=1.2):
-    """Noisy class centres whose first coordinates separate less than all of them."""
-    centres = np.random.default_rng(1).standard_normal((classes, dim))
+def clusters(n, seed, spread=1.2):
+    """Five noisy class centres of 16 numbers, whose first coordinates separate less than all of them."""
+    centres = np.random.default_rng(1).standard_normal((5, 16))
     rng = np.random.default_rng(seed)
-    y = rng.integers(0, classes, n)
-    return (centres[y] + spread * rng.standard_normal((n, dim))).astype(np.float32), y
+    y = rng.integers(0, 5, n)
+    return (centres[y] + spread * rng.standard_normal((n, 16))).astype(np.float32), y
 
 
 def test_linear_probe_is_as_good_as_scikit_learns():
@@ -62,13 +62,13 @@ def test_class_mean_needs_an_image_to_test():
 
 # ------------------------------------------------------------------------------------------------ command
 
-def write_arrays(folder, model="mrl1_e0_ff16", checkpoint="0f", nesting_list=(4, 16)):
+def write_arrays(folder, model="mrl1_e0_ff16", nesting_list=(4, 16)):
     for split, (X, y) in {"train": clusters(600, 2), "val": clusters(200, 3)}.items():
         for dataset in ("1K", "V2") if split == "val" else ("1K",):
             stem = f"{folder}/{dataset}_{split}_{model}"
             np.save(f"{stem}-X.npy", X)
             np.save(f"{stem}-y.npy", y)
-            about = {"checkpoint": checkpoint, "nesting_list": list(nesting_list)}
+            about = {"checkpoint": "0f", "nesting_list": list(nesting_list)}
             with open(f"{stem}-X.json", "w") as file:
                 json.dump(about, file)
 

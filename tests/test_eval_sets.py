@@ -2,10 +2,10 @@
 import numpy as np
 import pytest
 import torch
-from eval_sets import CLASSIFICATION, RETRIEVAL, Preparation, incomplete, lookup, make_loader, open_set, synsets
+from eval_sets import CLASSIFICATION, RETRIEVAL, incomplete, lookup, open_set, synsets
 from evaluate import evaluate
-from image_trees import SIZE, ColourReader, make_tree, write_image
-from PIL import Image
+from image_set import Preparation, make_loader
+from image_trees import SIZE, ColourReader, make_tree
 
 from MRL import InputError
 
@@ -19,9 +19,9 @@ def opened(name, root, num_classes=1000, table=CLASSIFICATION, split=None):
     return open_set(row[split] if split else row, num_classes, PREPARATION, root, any_classes=split is not None)
 
 
-def accuracy(images, classes=1000):
+def accuracy(images):
     loader = make_loader(images, batch_size=300, workers=0)
-    return evaluate(ColourReader(classes), images, loader, torch.device("cpu"))["top1"]
+    return evaluate(ColourReader(1000), images, loader, torch.device("cpu"))["top1"]
 
 
 @pytest.mark.parametrize("name, folder, classes", [
@@ -127,58 +127,3 @@ def test_empty_class_folders_are_named(tmp_path):
     (tmp_path / "val" / "b" / "notes.txt").write_text("no image")
     with pytest.raises(InputError, match=r"1 class folder\(s\) hold no images: b"):
         opened("V1", tmp_path, num_classes=3)
-
-
-# ------------------------------------------------------------------------------------------------ images
-
-@pytest.mark.parametrize("mode", ["L", "P", "1", "LA", "RGBA", "I;16"])
-def test_other_colour_modes_become_rgb(tmp_path, mode):
-    make_tree(tmp_path / "val", ["a"])
-    Image.new("L", (9, 9), 255).convert(mode).save(tmp_path / "val" / "a" / "a_0.JPEG", format="PNG")
-    x, y = opened("V1", tmp_path, num_classes=1)[0]
-    assert y == 0 and x.shape == (3, SIZE, SIZE)
-
-
-def test_cmyk_jpeg_becomes_rgb(tmp_path):
-    make_tree(tmp_path / "val", ["a"])
-    red = Image.new("RGB", (9, 9), (255, 0, 0))
-    expected = PREPARATION(red)
-    red.convert("CMYK").save(tmp_path / "val" / "a" / "a_0.JPEG", format="JPEG", quality=100)
-    x, _ = opened("V1", tmp_path, num_classes=1)[0]
-    assert (x - expected).abs().max() < 0.15
-
-
-def test_preparation_is_the_originals():
-    """Resize 256, crop 224, ImageNet's mean and deviation, on a gradient whose centre is known."""
-    image = Image.fromarray(np.tile(np.arange(512, dtype=np.uint8)[:, None, None] // 2, (1, 512, 3)))
-    x = Preparation()(image)
-    assert x.shape == (3, 224, 224)
-    red = x[0] * 0.229 + 0.485
-    assert red[0].mean().item() * 255 == pytest.approx(16, abs=0.6)     # row 16 of 256 rows
-
-
-def test_unreadable_images_keep_their_place(tmp_path):
-    make_tree(tmp_path / "val", ["a", "b"], per_class=2)
-    whole = (tmp_path / "val" / "a" / "a_1.JPEG").read_bytes()
-    (tmp_path / "val" / "a" / "a_1.JPEG").write_bytes(whole[:len(whole) // 2])
-    images = opened("V1", tmp_path, num_classes=2)
-    assert [images[i][1] for i in range(4)] == [0, -1, 1, 1]
-    assert "a_1.JPEG (" in images.why_unreadable(1)
-
-
-def test_sample_is_seeded_sorted_and_keeps_labels(tmp_path):
-    make_tree(tmp_path / "val", [f"{i:03}" for i in range(50)])
-    one, two = opened("V1", tmp_path, num_classes=50), opened("V1", tmp_path, num_classes=50)
-    assert one.digest() == two.digest()
-    one.sample(20)
-    two.sample(20)
-    assert one.digest() == two.digest() and len(one) == 20
-    assert one.labels.tolist() == sorted(one.labels.tolist()) == [int(one.path(i).parent.name) for i in range(20)]
-
-
-def test_batches_by_number(tmp_path):
-    write_image(tmp_path / "val" / "0" / "x.png", 0)
-    make_tree(tmp_path / "val", [str(i) for i in range(7)])
-    images = opened("V1", tmp_path, num_classes=7)
-    assert [len(y) for _, y in make_loader(images, 3, 0)] == [3, 3, 2]
-    assert [y.tolist() for _, y in make_loader(images, 3, 0, batches=[2, 0])] == [[5, 6], [0, 0, 1]]

@@ -1,11 +1,9 @@
-"""Counting against scikit-learn and plain PyTorch; saved tensors; unreadable images."""
-import numpy as np
+"""Figures of every head against plain PyTorch; saved tensors; unreadable images."""
 import pytest
 import torch
-from eval_sets import ImageSet, Preparation, make_loader
-from evaluate import Outputs, all_sizes, count, evaluate
+from evaluate import Outputs, all_sizes, evaluate
+from image_set import ImageSet, Preparation, make_loader
 from image_trees import SIZE, ColourReader, make_tree, write_image
-from sklearn.metrics import log_loss, top_k_accuracy_score
 
 from MRL import InputError, build_model
 
@@ -22,22 +20,6 @@ def tree(tmp_path):
 
 def run(images, model, batch_size=4, workers=0, **options):
     return evaluate(model, images, make_loader(images, batch_size, workers), CPU, **options)
-
-
-def test_count_agrees_with_scikit_learn():
-    rng = np.random.default_rng(0)
-    logits, y = rng.standard_normal((3, 200, 12)), rng.integers(0, 12, 200)
-    top1, top5, loss = (count(torch.tensor(logits), torch.tensor(y)) / 200).tolist()
-    for g in range(3):
-        probabilities = np.exp(logits[g]) / np.exp(logits[g]).sum(1, keepdims=True)
-        assert top1[g] == pytest.approx(top_k_accuracy_score(y, logits[g], k=1))
-        assert top5[g] == pytest.approx(top_k_accuracy_score(y, logits[g], k=5))
-        assert loss[g] == pytest.approx(log_loss(y, probabilities, labels=range(12)))
-
-
-def test_fewer_than_five_classes():
-    top1, top5, _ = count(torch.tensor([[[3., 2, 1], [3, 2, 1]]]), torch.tensor([0, 2]))
-    assert (top1.item(), top5.item()) == (1, 2)
 
 
 @pytest.mark.parametrize("head, sizes", [("ff16", 1), ("mrl", 7), ("mrl_e", 7)])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from eval_sets import ImageSet, Preparation
 from features import Files, dump, embedder
+from image_set import ImageSet, Preparation
 from image_trees import SIZE, ColourReader, make_tree
 
 from MRL import InputError, build_model
@@ -33,8 +33,8 @@ def image_set(folder, classes=7, per_class=3):
     return ImageSet(folder, names, None, Preparation(SIZE, SIZE))
 
 
-def write(images, stem, batch_size=4, workers=0, about=ABOUT, model=None, **options):
-    return dump(model or Features(), images, stem, about, CPU, batch_size, workers, **options)
+def write(images, stem, batch_size=4, about=ABOUT, model=None, **options):
+    return dump(model or Features(), images, stem, about, CPU, batch_size, workers=0, **options)
 
 
 def contents(folder):
@@ -174,7 +174,7 @@ def test_killed_dump_restarted_equals_an_uninterrupted_one(tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_full_disk_is_one_line_before_any_work(tmp_path, monkeypatch):
+def test_full_disk_is_one_line_before_any_work(tmp_path):
     """A limit on the size of files stands for a full disk: both are an error of the same call."""
     images = image_set(tmp_path / "tree")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

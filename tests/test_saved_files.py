@@ -8,7 +8,6 @@ from saved_files import (
     accuracy_path,
     arrays_stem,
     check_free,
-    exact_labels,
     fingerprint,
     outputs_path,
     read_arrays,
@@ -73,22 +72,6 @@ def test_original_arrays_are_read_where_exact(tmp_path):
     got_X, got_y, about = read_arrays(tmp_path, "1K", "val", "mrl1_e0_ff2048")
     assert got_y.tolist() == [0, 999, 2047] and got_y.dtype == np.int64 and about == {}
     np.testing.assert_array_equal(got_X, X)
-
-
-def test_float16_labels_that_merged_classes_are_refused():
-    true = np.arange(4202)
-    merged = true.astype(np.float16)
-    assert (merged.astype(int) != true).sum() == 1103                   # the figure of the issue
-    with pytest.raises(InputError, match=r"float16 labels up to 4200, .* merged classes"):
-        exact_labels(merged.reshape(-1, 1), "y.npy")
-    assert exact_labels(np.arange(2048).astype(np.float16), "y.npy").tolist() == list(range(2048))
-    assert exact_labels(true, "y.npy").tolist() == true.tolist()
-
-
-@pytest.mark.parametrize("y", [np.array([0.5]), np.array([-1]), np.array([np.nan])])
-def test_labels_that_are_no_class_numbers(y):
-    with pytest.raises(InputError, match="whole numbers"):
-        exact_labels(y, "y.npy")
 
 
 def test_arrays_that_do_not_fit_or_are_not_there(tmp_path):

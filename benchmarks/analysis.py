@@ -9,10 +9,8 @@ their reading the file again for every seed and cap. Both sides must give the sa
 """
 import argparse
 import os
-import platform
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 import cascades
@@ -21,6 +19,7 @@ import oracle
 import outputs
 import superclass
 import torch
+from measure import machine, private_mb, seconds, spread, take_turns
 
 from MRL import NESTING_LIST
 
@@ -126,23 +125,6 @@ PARTS = {"cascades, 30 seeds, all caps": (ours_cascades, plain_cascades), "oracl
 
 # ------------------------------------------------------------------------------------------------ measuring
 
-def timed(function, arrays):
-    start = time.perf_counter()
-    function(*arrays)
-    return time.perf_counter() - start
-
-
-def private_mb():
-    """Private memory of this process (RssAnon): pages of mapped files do not count."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
-
-
-def watch(peak, stop):
-    while not stop.wait(0.005):
-        peak[0] = max(peak[0], private_mb())
-
-
 def compare(arrays, rounds):
     """Median (min–max) over the rounds; the two sides take turns."""
     print(f"{'':30s}{'ours (s)':>28s}{'plain loop (s)':>28s}{'plain / ours':>28s}")
@@ -150,26 +132,25 @@ def compare(arrays, rounds):
         ours_result, plain_result = ours(*arrays), plain(*arrays)
         for key in ours_result:
             assert np.allclose(ours_result[key], plain_result[key], rtol=1e-12), (name, key)
-        times = np.array([[timed(ours, arrays), timed(plain, arrays)] for _ in range(rounds)])
-        shown = [spread(column) for column in (*times.T, times[:, 1] / times[:, 0])]
-        print(f"{name:30s}" + "".join(f"{words:>28s}" for words in shown), flush=True)
-
-
-def spread(values):
-    return f"{np.median(values):.3g} ({values.min():.3g}–{values.max():.3g})"
+        times = take_turns({"ours": lambda f=ours: f(*arrays), "plain": lambda f=plain: f(*arrays)}, rounds)
+        columns = times["ours"], times["plain"], times["plain"] / times["ours"]
+        print(f"{name:30s}" + "".join(f"{spread(column):>28s}" for column in columns), flush=True)
 
 
 def full(arrays):
-    peak, stop = [private_mb()], threading.Event()
-    before = peak[0]
-    watcher = threading.Thread(target=watch, args=(peak, stop))
+    sizes, stop = [private_mb(os.getpid())], threading.Event()
+
+    def watch():
+        while not stop.wait(0.005):
+            sizes.append(private_mb(os.getpid()))
+    watcher = threading.Thread(target=watch)
     watcher.start()
-    seconds = {name: timed(ours, arrays) for name, (ours, _) in PARTS.items()}
+    times = {name: seconds(lambda f=ours: f(*arrays)) for name, (ours, _) in PARTS.items()}
     stop.set()
     watcher.join()
-    for name, value in {**seconds, "together": sum(seconds.values())}.items():
+    for name, value in {**times, "together": sum(times.values())}.items():
         print(f"{name:32s}{value:8.2f} s")
-    print(f"private memory: {before:.0f} MB before, {peak[0]:.0f} MB at most")
+    print(f"private memory: {sizes[0]:.0f} MB before, {max(sizes):.0f} MB at most")
 
 
 def main():
@@ -179,14 +160,11 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     n = 50_000 if args.full else args.images
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, "
-          f"numpy {np.__version__}, torch {torch.__version__}; G={len(NESTING_LIST)}, N={n}, C={CLASSES}")
+    print(f"{machine()}; G={len(NESTING_LIST)}, N={n}, C={CLASSES}")
     with tempfile.TemporaryDirectory() as folder:
         write_world(Path(folder), n)
-        start = time.perf_counter()
         softmax, gt, _ = outputs.read(folder, "softmax", tta=True)
         predictions, _, _ = outputs.read(folder, "predictions", tta=True)
-        print(f"opened in {time.perf_counter() - start:.2f} s (memory-mapped)")
         full((softmax, predictions, gt)) if args.full else compare((softmax, predictions, gt), args.rounds)
 
 

@@ -4,47 +4,37 @@ r"""Images/s of inference/evaluate.py against a plain loop `for x, y in loader: 
     PYTHONPATH=inference python benchmarks/eval_speed.py \
         --arch resnet50 --crop 224 --images 10000 --device cuda --workers 12
 
-Rounds alternate between the two; the ratio is evaluation / plain loop (1 = no cost), per round, as median (min-max).
+Rounds alternate between the two; the ratio is that of their images/s (1 = no cost), per round, as median (min–max).
 Claim: within 3 %.
 """
 import argparse
-import platform
+import os
 import tempfile
-import time
-from pathlib import Path
-from statistics import median
 
-import numpy as np
 import torch
-import torchvision
-from eval_sets import ImageSet, Preparation, make_loader
 from evaluate import evaluate
-from PIL import Image
+from image_set import ImageSet, Preparation, make_loader
+from measure import machine, make_images, spread, take_turns
 
 from MRL import build_model
-
-
-def make_images(folder, n, pixels, classes=10):
-    rng = np.random.default_rng(0)
-    for i in range(n):
-        path = Path(folder, str(i % classes), f"{i}.jpeg")
-        path.parent.mkdir(exist_ok=True)
-        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-        coarse.resize((pixels, pixels), Image.BICUBIC).save(path, quality=90)
-
-
-def seconds(work, device):
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 @torch.inference_mode()
 def plain_loop(model, loader, device):
     for x, _ in loader:
         model(x.to(device, non_blocking=True))
+
+
+def compare(args):
+    """-> {side: seconds [rounds]}."""
+    model, pixels = build_model(args.arch, args.head).eval().to(args.device), args.crop * 256 // 224
+    with tempfile.TemporaryDirectory() as folder:
+        make_images(folder, args.images, pixels * 4 // 3)
+        images = ImageSet(folder, sorted(os.listdir(folder)), None, Preparation(pixels, args.crop))
+        loader = make_loader(images, args.batch_size, args.workers, args.device.type == "cuda")
+        plain_loop(model, loader, args.device)                                                      # warm-up
+        return take_turns({"plain loop": lambda: plain_loop(model, loader, args.device),
+                           "evaluate": lambda: evaluate(model, images, loader, args.device)}, args.rounds, args.device)
 
 
 def main():
@@ -58,25 +48,12 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     args = parser.parse_args()
-
-    model = build_model(args.arch, args.head).eval().to(args.device)
-    with tempfile.TemporaryDirectory() as folder:
-        make_images(folder, args.images, args.crop * 256 // 224)
-        images = ImageSet(folder, [str(i) for i in range(10)], None, Preparation(args.crop * 256 // 224, args.crop))
-        loader = make_loader(images, args.batch_size, args.workers, args.device.type == "cuda")
-        plain_loop(model, loader, args.device)                                                      # warm-up
-        rounds = [(seconds(lambda: plain_loop(model, loader, args.device), args.device),
-                   seconds(lambda: evaluate(model, images, loader, args.device), args.device))
-                  for _ in range(args.rounds)]
-
-    name = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{platform.machine()}, {name}, torch {torch.__version__}, torchvision {torchvision.__version__}")
-    print(f"{args.arch} {args.head}, {args.crop} px, {args.images} images, batch {args.batch_size}")
-    for label, times in zip(("plain loop", "evaluate"), zip(*rounds, strict=True), strict=True):
-        speeds = [args.images / t for t in times]
-        print(f"{label:>11}: {median(speeds):7.1f} images/s ({min(speeds):.1f}-{max(speeds):.1f})")
-    ratios = [plain / ours for plain, ours in rounds]
-    print(f"{'ratio':>11}: {median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})")
+    print(f"{machine(args.device)}; {args.arch} {args.head}, {args.crop} px, {args.images} images, "
+          f"batch {args.batch_size}, {args.workers} workers")
+    times = compare(args)
+    for side, values in times.items():
+        print(f"{side:>11}: {spread(args.images / values, 4)} images/s")
+    print(f"{'ratio':>11}: {spread(times['plain loop'] / times['evaluate'], 4)}")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,10 @@ Targets on a CPU: plain / ours at least 1.2 for MRL and 2 for MRL-E. By the prod
 sum(sizes) / 2048 = 2.0 plain layers and MRL-E 1.0.
 """
 import argparse
-import os
-import platform
-import time
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from measure import machine, spread, take_turns
 from torch import nn
 
 from MRL import NESTING_LIST, FixedFeatureLayer, Matryoshka_CE_Loss, MRL_Linear_Layer
@@ -59,17 +56,11 @@ def contestants(sizes, classes):
             "MRL-E plain": (PlainShared(sizes, classes), plain_loss)}
 
 
-def seconds(head, loss, x, labels, repeat):
-    """Of one forward and backward, gradients of features and weights included."""
-    synchronize = torch.cuda.synchronize if x.is_cuda else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(repeat):
-        x.grad = None
-        head.zero_grad(set_to_none=True)
-        loss(head(x), labels).backward()
-    synchronize()
-    return (time.perf_counter() - start) / repeat
+def step(head, loss, x, labels):
+    """One forward and backward, gradients of features and weights included."""
+    x.grad = None
+    head.zero_grad(set_to_none=True)
+    loss(head(x), labels).backward()
 
 
 def check(heads, x, labels):
@@ -89,13 +80,9 @@ def compare(classes, args):
     labels = torch.randint(classes, (args.batch_size,), device=args.device)
     heads = {name: (head.to(args.device), loss) for name, (head, loss) in contestants(args.sizes, classes).items()}
     check(heads, x, labels)
-    for head, loss in heads.values():
-        seconds(head, loss, x, labels, 1)      # warm-up
-    times = {name: [] for name in heads}
-    for _ in range(args.rounds):
-        for name, (head, loss) in heads.items():
-            times[name].append(seconds(head, loss, x, labels, args.repeat))
-    show(classes, {name: np.array(values) for name, values in times.items()})
+    steps = {name: lambda head=head, loss=loss: step(head, loss, x, labels) for name, (head, loss) in heads.items()}
+    take_turns(steps, 1, args.device)      # warm-up
+    show(classes, take_turns(steps, args.rounds, args.device, args.repeat))
 
 
 def show(classes, times):
@@ -105,10 +92,6 @@ def show(classes, times):
         if f"{name} plain" in times:
             columns.append(times[f"{name} plain"] / values)
         print(f"{name:12s}" + "".join(f"{spread(column):>26s}" for column in columns), flush=True)
-
-
-def spread(values):
-    return f"{np.median(values):.3g} ({values.min():.3g}–{values.max():.3g})"
 
 
 def main():
@@ -123,10 +106,8 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{args.threads} CPU threads"
     products = sum(args.sizes) / args.sizes[-1]
-    print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f}), {device}, "
-          f"torch {torch.__version__}, fp32; N={args.batch_size}, sizes {args.sizes[0]}..{args.sizes[-1]}; "
+    print(f"{machine(args.device)}; fp32, N={args.batch_size}, sizes {args.sizes[0]}..{args.sizes[-1]}; "
           f"products alone: MRL {products:.2f}, MRL-E 1")
     for classes in args.classes:
         compare(classes, args)

@@ -8,19 +8,19 @@ ratio is theirs to ours in one round. The plain side is what one writes first, a
 FAISS, k = 2,048, CSV lists, and Python loops over queries. Needs 5 GB of memory and 2 GB of disk (--folder keeps them).
 """
 import argparse
-import platform
 import shutil
 import tempfile
-import time
 from pathlib import Path
 
-import neighbors
 import numpy as np
 import pandas as pd
 from arrays import read_embeddings, read_labels
+from faiss_kernels import faiss, openblas_kernels
+from measure import machine, spread, take_turns
 from metrics import KS, retrieval_metrics
-from neighbors import adaptive_index, adaptive_search, faiss, searcher
+from neighbors import searcher, unit
 from rerank import funnel, rerank
+from serving import adaptive_index, adaptive_search
 from stages import Task, reranked
 
 N, Q, D, CLASSES, SMALL, SHORTLIST = 200_000, 2_000, 2048, 1000, 16, 200
@@ -29,25 +29,25 @@ FUNNELS = [([16, 32, 64, 128, 2048], lengths)
            for lengths in ([800, 400, 200, 50, 10], [400, 200, 50, 25, 10], [200, 100, 50, 25, 10])]
 
 
-def write_world(folder, n, q, d=D, shuffle=False):
+def write_world(folder, n, q, shuffle=False):
     """Embeddings and labels as inference/ writes them: class means and noise whose size decays along the dimensions.
 
     At 16 dimensions 1-NN is right about 96 % as often as at 2,048, as in the paper's Table 2 (67.9 and 71.1 %).
     Rows are in class order, as an ImageFolder's, or in random order.
     """
-    rng, place = np.random.default_rng(0), np.arange(d, dtype=np.float32)
+    rng, place = np.random.default_rng(0), np.arange(D, dtype=np.float32)
     decay = (1 + place / 5) ** -1.5
-    means = rng.standard_normal((CLASSES, d), np.float32) * decay
+    means = rng.standard_normal((CLASSES, D), np.float32) * decay
     for split, count in (("train", n), ("val", q)):
         y = rng.integers(0, CLASSES, count)
         y = y if shuffle else np.sort(y)
-        X = np.lib.format.open_memmap(folder / f"1K_{split}_mrl1_e0_ff{d}-X.npy", "w+", np.float32, (count, d))
+        X = np.lib.format.open_memmap(folder / f"1K_{split}_mrl1_e0_ff{D}-X.npy", "w+", np.float32, (count, D))
         for lo in range(0, count, 8192):
             part = y[lo:lo + 8192]
-            noise = rng.standard_normal((len(part), d), np.float32) * decay
+            noise = rng.standard_normal((len(part), D), np.float32) * decay
             X[lo:lo + 8192] = means[part] + 0.35 * rng.gamma(8, 1 / 8, (len(part), 1)).astype(np.float32) * noise
         X.flush()
-        np.save(folder / f"1K_{split}_mrl1_e0_ff{d}-y.npy", y)
+        np.save(folder / f"1K_{split}_mrl1_e0_ff{D}-y.npy", y)
 
 
 # ------------------------------------------------------------------------------------------------ the plain side
@@ -123,17 +123,10 @@ def one_at_a_time(answer, xq, count):
 def compare(name, target, theirs, ours, rounds, calls=(1, 1)):
     """Print the milliseconds of both sides and their ratio. calls: how often each does the thing in one round."""
     ours()                                         # compiled and warm
-    times = np.empty((rounds, 2))
-    for i in range(rounds):
-        for side, work in enumerate((theirs, ours)):
-            started = time.perf_counter()
-            work()
-            times[i, side] = time.perf_counter() - started
-    times /= calls
-    ratio = times[:, 0] / times[:, 1]
-    a, b = np.median(times, axis=0)
-    print(f"{name:<52}{1000 * a:10.2f} {1000 * b:10.2f} {np.median(ratio):8.1f} "
-          f"({ratio.min():.1f}-{ratio.max():.1f}) {'>= ' + str(target) if target else '':>8}", flush=True)
+    times = take_turns({"theirs": theirs, "ours": ours}, rounds)
+    a, b = (times[side] / n for side, n in zip(("theirs", "ours"), calls, strict=True))
+    print(f"{name:<52}{1000 * np.median(a):10.2f} {1000 * np.median(b):10.2f} {spread(a / b):>24} "
+          f"{'>= ' + str(target) if target else '':>8}", flush=True)
 
 
 def overlap(A, B):
@@ -149,7 +142,7 @@ def measure(folder, rounds):
     xb, xq = (read_embeddings(folder / f"1K_{split}_mrl1_e0_ff{D}-X.npy") for split in ("train", "val"))
     yb, yq = (read_labels(folder / f"1K_{split}_mrl1_e0_ff{D}-y.npy", n) for split, n in (("train", N), ("val", Q)))
     I = searcher(xb, SMALL)(xq, 800)[1].astype(np.int32)
-    print(f"\n{'median milliseconds':<52}{'plain':>10} {'ours':>10} {'ratio':>8} (min-max)  target")
+    print(f"\n{'median milliseconds':<52}{'plain':>10} {'ours':>10} {'ratio (min–max)':>24}   target")
     measure_reranking(xb, xq, I, rounds)
     best = rerank(xb, xq, I, D, SHORTLIST)
     theirs, ours = plain_metrics(yb, yq, best, KS), retrieval_metrics(yb, yq, best, KS)
@@ -195,8 +188,8 @@ def measure_adaptive(xb, xq, yb, yq, rounds):
     lists = {"16": searcher(xb, SMALL)(xq, 10)[1], "adaptive flat": adaptive_search(flat, xq, 10)[1],
              "adaptive HNSW": adaptive_search(graph, xq, 10)[1], "exact 2048": exact(xq, 10)[1]}
     panorama = faiss.IndexFlatL2Panorama(D, 16)
-    panorama.add(neighbors.unit(xb, D))
-    q = neighbors.unit(xq, D)
+    panorama.add(unit(xb, D))
+    q = unit(xq, D)
     compare("one query: exact 2048 / exact by Panorama", None, lambda: one_at_a_time(lambda x: exact(x, 10), xq, 10),
             lambda: one_at_a_time(lambda x: panorama.search(x, 10), q, 100), rounds, (10, 100))
     print("\ntop-1 (%): " + ", ".join(f"{name} {100 * (yb[I[:, 0]] == yq).mean():.2f}" for name, I in lists.items())
@@ -210,9 +203,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shuffle", action="store_true", help="database rows in random order, not in class order")
     args = parser.parse_args()
-    cpu = next((line.split(": ")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
-    print(f"{platform.platform()}, {cpu}, {faiss.omp_get_max_threads()} threads, Python {platform.python_version()}, "
-          f"faiss {faiss.__version__} ({neighbors.openblas_kernels()} kernels), numpy {np.__version__}")
+    print(f"{machine()}, faiss {faiss.__version__} ({faiss.omp_get_max_threads()} threads, "
+          f"{openblas_kernels()} kernels)")
     folder = args.folder or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     try:

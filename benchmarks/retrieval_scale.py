@@ -7,11 +7,11 @@ runs the commands a user runs and watches their private memory (RssAnon: without
 """
 import argparse
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+
+from measure import machine, seconds, watch
 
 from retrieval import SHORTLIST, SMALL, D, write_world
 
@@ -19,26 +19,6 @@ COMMANDS = {
     "shortlist at 16": f"search --sizes {SMALL} --k {SHORTLIST}",
     "re-rank at 2048": f"rerank --retrieval_dim {SMALL} --rerank_dims {D} --shortlist {SHORTLIST}",
     "both again, from what is there": f"rerank --retrieval_dim {SMALL} --rerank_dims {D} --shortlist {SHORTLIST}"}
-
-
-def private_bytes(pid):
-    """-> RssAnon of a process; 0 when it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
-
-
-def watch(command):
-    """Run a command -> seconds, peak private bytes."""
-    process, peak, started = subprocess.Popen(command), 0, time.perf_counter()
-    while process.poll() is None:
-        peak = max(peak, private_bytes(process.pid))
-        time.sleep(0.02)
-    if process.returncode:
-        sys.exit(f"{' '.join(command)}: exit status {process.returncode}")
-    return time.perf_counter() - started, peak
 
 
 def main():
@@ -50,13 +30,12 @@ def main():
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     script = Path(__file__).resolve().parent.parent / "retrieval" / "retrieve.py"
     try:
-        started = time.perf_counter()
-        write_world(folder, args.n, args.queries)
-        print(f"{args.n:,} x {D} float32 written in {time.perf_counter() - started:.0f} s", flush=True)
+        written = seconds(lambda: write_world(folder, args.n, args.queries))
+        print(f"{machine()}; {args.n:,} x {D} float32 written in {written:.0f} s", flush=True)
         for name, command in COMMANDS.items():
-            seconds, peak = watch([sys.executable, str(script), *command.split(),
-                                   "--embeddings", str(folder), "--output", str(folder)])
-            print(f"{name:<32}{seconds:8.1f} s   peak private memory {peak / 1e9:.2f} GB   (target <= 3)", flush=True)
+            took, peak = watch([sys.executable, str(script), *command.split(),
+                                "--embeddings", str(folder), "--output", str(folder)])
+            print(f"{name:<32}{took:8.1f} s   peak private memory {peak / 1e3:.2f} GB   (target <= 3)", flush=True)
     finally:
         shutil.rmtree(folder)
 

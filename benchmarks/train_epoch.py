@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -22,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from train_step import compare, ours, plain, spread
+from measure import machine, make_images, spread
+from train_step import compare, device_and_precision, ours, plain
 
 from MRL import InputError, command_line
 
@@ -42,18 +41,6 @@ for number in map(int, workers):
         speeds.append(images / (time.perf_counter() - start))
     print("decoded", *speeds[1:])
 """
-
-
-def make_images(folder, count, pixels, classes):
-    """Photograph-like: smooth colours with noise on top, 4:3, as JPEGs."""
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        path = folder / f"{i % classes:04}" / f"{i}.jpeg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        smooth = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
-        smooth = np.asarray(smooth.resize((pixels, pixels * 3 // 4), Image.BICUBIC))
-        noisy = smooth + rng.normal(0, 8, smooth.shape)
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=90)
 
 
 def python(*words):
@@ -101,7 +88,7 @@ def step_rates(args):
 def measure(folder, args):
     images = args.images or folder / "images"
     if not args.images:
-        make_images(images, args.count, args.pixels, 10)
+        make_images(images, args.count, args.pixels)
     args.classes = sum(path.is_dir() for path in images.iterdir())
     path = folder / "train.ffcv"
     write_file(images.resolve(), path, args.pixels)
@@ -110,7 +97,8 @@ def measure(folder, args):
     print(f"\n{'workers':>8s}{'training, images/s':>28s}{'waiting, %':>24s}{'FFCV alone, images/s':>28s}")
     for workers in args.workers:
         speed, waiting = train(path, workers, folder / "runs", args)
-        print(f"{workers:8d}{spread(speed):>28s}{spread(100 * waiting):>24s}{spread(alone[workers]):>28s}", flush=True)
+        print(f"{workers:8d}{spread(speed, 4):>28s}{spread(100 * waiting, 4):>24s}{spread(alone[workers], 4):>28s}",
+              flush=True)
     conclude(step_rates(args), alone, args)
 
 
@@ -118,8 +106,8 @@ def conclude(steps, alone, args):
     step, usual = (np.median(steps[side, args.head]) for side in ("ours", "plain"))
     fewest = min(args.workers)
     per_core = np.median(alone[fewest]) / fewest
-    print(f"\n{'data on the device, our step':40s}{spread(steps['ours', args.head]):>28s} images/s")
-    print(f"{'data on the device, plain step':40s}{spread(steps['plain', args.head]):>28s} images/s")
+    print(f"\n{'data on the device, our step':40s}{spread(steps['ours', args.head], 4):>28s} images/s")
+    print(f"{'data on the device, plain step':40s}{spread(steps['plain', args.head], 4):>28s} images/s")
     print(f"decoding, one worker of {fewest}: {per_core:.4g} images/s")
     for name, rate in (("our", step), ("the plain", usual)):
         print(f"cores to wait less than 5 % with {name} step: {math.ceil(0.95 * rate / per_core)}")
@@ -128,9 +116,7 @@ def conclude(steps, alone, args):
 def main():
     args = arguments()
     with tempfile.TemporaryDirectory() as folder:
-        device = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
-        print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f}), {device}, "
-              f"torch {torch.__version__}; {args.arch} {args.head}, {args.resolution} px, batch {args.batch_size}, "
+        print(f"{machine(args.device)}; {args.arch} {args.head}, {args.resolution} px, batch {args.batch_size}, "
               f"{args.precision}, compile {args.compile}")
         measure(Path(folder), args)
 
@@ -157,9 +143,7 @@ def arguments():
         raise InputError("--epochs: the first one warms up; give 2 or more")
     if args.images and not args.images.is_dir():
         raise InputError(f"--images={args.images}: no such folder")
-    args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    args.precision = args.precision or ("fp16" if args.device.type == "cuda" else "fp32")
-    return args
+    return device_and_precision(args)
 
 
 if __name__ == "__main__":

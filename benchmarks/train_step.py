@@ -12,19 +12,15 @@ the device. Each resolution is warmed up, then all take turns in each round; rat
 On a CPU the default is fp32 on both sides.
 """
 import argparse
-import os
-import platform
-import time
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from measure import machine, spread, take_turns
 from torch import nn
 
-from MRL import Matryoshka_CE_Loss, build_model, classifier
+from MRL import MEAN, STD, Matryoshka_CE_Loss, autocast, build_model, classifier, feature_width
 
 HEADS = {"FF": None, "MRL": "mrl", "MRL-E": "mrl_e"}      # FF: the size is the feature width
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 SMOOTHING, WEIGHT_DECAY, RATE = 0.1, 1e-4, 1e-3
 
 
@@ -44,9 +40,8 @@ class PlainHead(nn.Module):
 
 
 def make_model(kind, args):
-    with torch.device("meta"):
-        width = build_model(args.arch, "ff1").spec["feature_dim"]
-    return build_model(args.arch, f"ff{width}" if kind == "FF" else HEADS[kind], num_classes=args.classes)
+    head = HEADS[kind] or f"ff{feature_width(args.arch)}"
+    return build_model(args.arch, head, num_classes=args.classes)
 
 
 def groups(model):
@@ -61,20 +56,12 @@ def ours(kind, args):
     model = make_model(kind, args).to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(groups(model), lr=RATE, momentum=0.9, fused=args.device.type == "cuda")
     criterion = Matryoshka_CE_Loss(label_smoothing=SMOOTHING)
-    scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
-    mean, std = (torch.tensor(v, device=args.device).view(3, 1, 1) for v in (MEAN, STD))
     if args.compile:
         model.compile(dynamic=False)
 
-    def step(images, labels):
-        optimizer.zero_grad(set_to_none=True)
-        with autocast(args.device, args.precision):
-            output = model((images.permute(0, 3, 1, 2).float() - mean) / std)
-            loss = criterion.weighted_sum(criterion.per_size(output, labels))
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    return step
+    def loss(x, labels):
+        return criterion.weighted_sum(criterion.per_size(model(x), labels))
+    return optimiser_step(loss, optimizer, args.precision, args.device)
 
 
 def plain(kind, args):
@@ -85,34 +72,26 @@ def plain(kind, args):
     model = model.to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(groups(model), lr=RATE, momentum=0.9)
     precision = "fp16" if args.device.type == "cuda" else "fp32"
-    scaler = torch.amp.GradScaler(args.device.type, enabled=precision == "fp16")
-    half = torch.float16 if precision == "fp16" else torch.float32
-    mean, std = (torch.tensor(v, device=args.device).view(3, 1, 1) for v in (MEAN, STD))
+
+    def loss(x, labels):
+        output = model(x.half() if precision == "fp16" else x)
+        return sum(F.cross_entropy(logits, labels, label_smoothing=SMOOTHING) for logits in output)
+    return optimiser_step(loss, optimizer, precision, args.device)
+
+
+def optimiser_step(loss, optimizer, precision, device):
+    """-> step(images uint8 [B, R, R, 3], labels) that brings loss(normalised images [B, 3, R, R], labels) down."""
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    mean, std = (torch.tensor([255 * v for v in of], device=device).view(3, 1, 1) for of in (MEAN, STD))
 
     def step(images, labels):
         optimizer.zero_grad(set_to_none=True)
-        with autocast(args.device, precision):
-            output = model(((images.permute(0, 3, 1, 2).float() - mean) / std).to(half))
-            loss = sum(F.cross_entropy(logits, labels, label_smoothing=SMOOTHING) for logits in output)
-        scaler.scale(loss).backward()
+        with autocast(device, precision):
+            value = loss((images.permute(0, 3, 1, 2).float() - mean) / std, labels)
+        scaler.scale(value).backward()
         scaler.step(optimizer)
         scaler.update()
     return step
-
-
-def autocast(device, precision):
-    return torch.autocast(device.type, {"fp16": torch.float16}.get(precision, torch.bfloat16),
-                          enabled=precision != "fp32")
-
-
-def images_per_second(step, batch, device, repeat):
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(repeat):
-        step(*batch)
-    synchronize()
-    return repeat * len(batch[0]) / (time.perf_counter() - start)
 
 
 def compare(resolution, steps, args):
@@ -120,13 +99,10 @@ def compare(resolution, steps, args):
     shape = (args.batch_size, resolution, resolution, 3)
     images = torch.randint(256, shape, dtype=torch.uint8, device=args.device)
     batch = images, torch.randint(args.classes, (args.batch_size,), device=args.device)
-    for step in steps.values():
-        images_per_second(step, batch, args.device, args.warmup)      # cudnn.benchmark's search, compilation
-    speeds = {key: [] for key in steps}
-    for _ in range(args.rounds):
-        for key, step in steps.items():
-            speeds[key].append(images_per_second(step, batch, args.device, args.repeat))
-    return {key: np.array(values) for key, values in speeds.items()}
+    works = {key: lambda step=step: step(*batch) for key, step in steps.items()}
+    take_turns(works, 1, args.device, args.warmup)      # cudnn.benchmark's search, compilation
+    times = take_turns(works, args.rounds, args.device, args.repeat)
+    return {key: args.batch_size / values for key, values in times.items()}
 
 
 def show(resolution, speeds):
@@ -135,21 +111,15 @@ def show(resolution, speeds):
     for kind in HEADS:
         mine, theirs = speeds["ours", kind], speeds["plain", kind]
         columns = [mine, theirs, mine / theirs, speeds["ours", "FF"] / mine]
-        print(f"{kind:12s}" + "".join(f"{spread(column):>26s}" for column in columns), flush=True)
-
-
-def spread(values):
-    return f"{np.median(values):.4g} ({values.min():.4g}–{values.max():.4g})"
+        print(f"{kind:12s}" + "".join(f"{spread(column, 4):>26s}" for column in columns), flush=True)
 
 
 def main():
     args = arguments()
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
-    device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f}), {device}, "
-          f"torch {torch.__version__}; {args.arch}, batch {args.batch_size}, {args.classes} classes, "
-          f"{args.precision}, compile {args.compile}")
+    print(f"{machine(args.device)}; {args.arch}, batch {args.batch_size}, {args.classes} classes, {args.precision}, "
+          f"compile {args.compile}")
     steps = {(side.__name__, kind): side(kind, args) for kind in HEADS for side in (ours, plain)}
     for resolution in args.resolutions:
         show(resolution, compare(resolution, steps, args))
@@ -169,7 +139,10 @@ def arguments():
     parser.add_argument("--repeat", type=int, default=10, help="steps in each measurement")
     parser.add_argument("--warmup", type=int, default=5, help="steps before the first round")
     parser.add_argument("--device", type=torch.device, help="[default: cuda where there is one]")
-    args = parser.parse_args()
+    return device_and_precision(parser.parse_args())
+
+
+def device_and_precision(args):
     args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.precision = args.precision or ("fp16" if args.device.type == "cuda" else "fp32")
     return args

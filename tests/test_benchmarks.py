@@ -1,4 +1,7 @@
-"""The training benchmarks run, at tiny size on the CPU: their tables have the rows, and every number can be."""
+"""The benchmarks run, at tiny size on the CPU: their tables have the rows, and every number can be.
+
+Their claims are measured at full size, on a quiet machine; see benchmarks/RESULTS.md.
+"""
 import math
 import re
 
@@ -63,3 +66,26 @@ def test_train_epoch(run):
 def test_train_epoch_names_what_is_wrong(refused, tmp_path):
     assert "--epochs" in refused("benchmarks", "train_epoch.py --epochs 1")
     assert "no such folder" in refused("benchmarks", f"train_epoch.py --images {tmp_path}/missing")
+
+
+def test_eval_speed(run):
+    done = run("benchmarks", "eval_speed.py --images 24 --crop 32 --batch_size 8 --workers 0 --rounds 3",
+               env={"PYTHONPATH": "../inference"})
+    tables = rows(done.stdout, ["plain loop:", "evaluate:", "ratio:"])
+    assert list(tables) == ["plain loop:", "evaluate:", "ratio:"]
+    for (cells,) in tables.values():
+        plausible(cells)
+
+
+def test_memory_of_a_dump_does_not_grow_with_the_number_of_images(run):
+    """At a fortieth of the claim's sizes, with a fifth of its margin."""
+    done = run("benchmarks", "dump_memory.py --images 500 5000", env={"PYTHONPATH": "../inference"})
+    assert len(re.findall(r"images: peak +[\d.]+ MB private", done.stdout)) == 2
+    assert float(re.search(r"difference: (-?[\d.]+) MB", done.stdout)[1]) < 20
+
+
+def test_analysis(run):
+    """It asserts that the plain loops give the same numbers before it times anything."""
+    shown = run("benchmarks", "analysis.py --images 1000 --rounds 1", env={"PYTHONPATH": "../model_analysis"}).stdout
+    assert [line.split("  ")[0] for line in shown.splitlines()[2:]] == ["cascades, 30 seeds, all caps", "oracle",
+                                                                        "superclasses"]

@@ -190,10 +190,3 @@ def test_policies_that_do_not_fit(saved, refusal):
 def test_missing_files_are_named(tmp_path, refused):
     line = refused("model_analysis", f"cascades.py learn --folder {tmp_path} --policy {tmp_path / 'p.json'}")
     assert "pytorch_inference.py" in line and not (tmp_path / "p.json").exists()
-
-
-def test_the_benchmarks_two_sides_agree(run):
-    """benchmarks/analysis.py asserts that the plain loops give the same numbers before it times anything."""
-    shown = run("benchmarks", "analysis.py --images 1000 --rounds 1", env={"PYTHONPATH": "../model_analysis"}).stdout
-    assert [line.split("  ")[0] for line in shown.splitlines()[3:]] == ["cascades, 30 seeds, all caps", "oracle",
-                                                                        "superclasses"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from MRL import InputError, exact_labels, read_array, read_json, replacing
+from MRL import InputError, exact_labels, read_array, read_json, replacing, write_json
 
 MODELS = {"mrl": "mrl1_e0", "mrl_e": "mrl1_e1", "ff": "mrl0_e0"}
 
@@ -49,25 +49,25 @@ def embeddings_file(folder, dataset, split, model, size=None):
 
 
 def read_embeddings(path):
-    """-> [n, D] float32 or float16, memory-mapped, if the file and the sidecar beside it are complete."""
+    """-> [n, D] float32 or float16, memory-mapped, if the file and the companion beside it are complete."""
     X = read_array(path)
     if X.ndim != 2 or 0 in X.shape or X.dtype not in (np.float32, np.float16):
         raise InputError(f"{path}: must be float32 or float16 [N, D], is {X.dtype} {list(X.shape)}")
-    side = sidecar(path)
+    side = companion(path)
     if not side.get("complete", True):
         raise InputError(f"{path}: unfinished; run the same inference command again to complete it")
     if (side.get("n", X.shape[0]), side.get("dim", X.shape[1])) != X.shape:
-        raise InputError(f"{path}: is {list(X.shape)}, but {sidecar_file(path).name} says "
+        raise InputError(f"{path}: is {list(X.shape)}, but {companion_file(path).name} says "
                          f"[{side.get('n')}, {side.get('dim')}]; write both again")
     return X
 
 
-def sidecar(path):
+def companion(path):
     """What inference noted beside an -X.npy file: nesting_list, n, dim, complete, ...; empty where it noted nothing."""
-    return read_json(sidecar_file(path)) or {}
+    return read_json(companion_file(path)) or {}
 
 
-def sidecar_file(path):
+def companion_file(path):
     return Path(path).with_suffix(".json")
 
 
@@ -76,7 +76,7 @@ def read_labels(path, n):
     y = read_array(path)
     if y.shape not in ((n,), (n, 1)):
         raise InputError(f"{path}: {list(y.shape)} labels do not fit {n} embeddings; write both again")
-    return exact_labels(y, path)
+    return exact_labels(y, path).reshape(-1)
 
 
 def labels_file(embeddings):
@@ -115,5 +115,4 @@ def recorded(path, record):
     record_file(path).unlink(missing_ok=True)
     with replacing(path) as temporary:
         yield temporary
-    with replacing(record_file(path)) as temporary_record:
-        temporary_record.write_text(json.dumps(record, indent=1))
+    write_json(record_file(path), record)

@@ -4,7 +4,7 @@
     mflops_per_query(1281167, 16, [2048], [200])               # 20.908272
 
 yb [n] labels of the database, yq [q] of the queries, I [q, k] database rows, nearest first, -1 = none.
-retrieve.py and compute_metrics.ipynb read the numbers. All are fractions.
+stages.py makes rows of a table of them. Accuracies are fractions.
 """
 import time
 

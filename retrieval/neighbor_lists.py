@@ -5,7 +5,6 @@
 
 stages.py writes them with what neighbors.py and rerank.py find, and reads them again to re-rank and to judge.
 """
-import json
 import os
 import re
 import time
@@ -17,7 +16,7 @@ import pandas as pd
 from arrays import fits, record_file, recorded
 from tqdm import tqdm
 
-from MRL import InputError, allocate, read_array, read_json, replacing
+from MRL import InputError, allocate, read_array, read_json, write_json
 
 
 class Recipe(NamedTuple):
@@ -99,17 +98,14 @@ def write_list(path, record, shape, find, chunk, **measured):
     The record gets `measured`, and the seconds that find took over all runs.
     """
     partial = path.with_name(f".{path.name}.partial.npy")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    state = read_json(record_file(partial)) if fits(partial, record) else record | {"done": 0, "seconds": 0.0}
-    I = read_array(partial, "r+") if state["done"] else allocate(partial, shape, np.int32)
+    I, state = begun(partial, record, shape)
     with tqdm(total=shape[0], initial=state["done"], desc=path.name, unit="query", delay=2, leave=False) as bar:
         for lo in range(state["done"], shape[0], chunk):
             hi, started = min(lo + chunk, shape[0]), time.perf_counter()
             I[lo:hi] = find(lo, hi)
             state = state | {"done": hi, "seconds": state["seconds"] + time.perf_counter() - started}
             I.flush()
-            with replacing(record_file(partial)) as temporary:
-                temporary.write_text(json.dumps(state))
+            write_json(record_file(partial), state)
             bar.update(hi - lo)
     with recorded(path, record | measured | {"seconds": state["seconds"]}) as temporary:
         if path.suffix == ".csv":
@@ -118,3 +114,10 @@ def write_list(path, record, shape, find, chunk, **measured):
             os.replace(partial, temporary)
     partial.unlink(missing_ok=True)
     record_file(partial).unlink()
+
+
+def begun(partial, record, shape):
+    """-> the list to fill, and how far it is: what an interrupted run left, or new ones."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    state = read_json(record_file(partial)) if fits(partial, record) else record | {"done": 0, "seconds": 0.0}
+    return read_array(partial, "r+") if state["done"] else allocate(partial, shape, np.int32), state

@@ -1,27 +1,21 @@
 """The nearest neighbours of queries in a database, on a prefix of the embeddings: exact, or by a graph (HNSW).
 
     D, I = search(xb, xq, retrieval_dim=16, k=200)                        # arrays in, arrays out
-    index = adaptive_index(xb, 16)                                        # shortlist at 16 + re-ranking at D, one call
-    D, I = adaptive_search(index, xq, k=10, shortlist=200)
 
 xb [n, D] database and xq [q, D] queries are float32 or float16, not normalised, and may be memory-mapped. Prefixes are
 cut to unit length here, so that the squared L2 distance is 2 - 2 cosine. D [q, k] float32 squared distances, nearest
 first; I [q, k] int64 database rows. A graph keeps efSearch >= k candidates, so that it fills its lists; where it finds
 too few even so (many equal vectors, as at size 1), the rest is -1 at distance inf.
-retrieve.py and faiss_nn.ipynb write what comes out of here to files.
+stages.py writes what comes out of here to files.
 """
-import importlib.util
 import operator
-import os
-import subprocess
-import sys
 import time
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from arrays import fits, recorded
+from faiss_kernels import faiss
 from tqdm import tqdm
 
 from MRL import InputError
@@ -31,43 +25,6 @@ EF_SEARCH = 64                # candidates a graph search keeps, at least; at le
 MEMORY_GB = 4                 # of normalised vectors held at once; above it exact search reads the file in blocks
 ROWS = 65536                  # added to an index at a time
 PRODUCTS = 2 ** 28            # that torch holds at a time: 1 GiB
-AVX2_KERNELS = {"Haswell", "Zen", "Excavator", "SkylakeX", "Cooperlake", "SapphireRapids"}
-
-
-def load_faiss():
-    """Import FAISS with matrix products made for this processor.
-
-    The wheel of faiss-cpu carries an OpenBLAS of 2021, which takes newer processors for one of 2004 and multiplies
-    five times slower. Where it does not know an AVX2 or AVX-512 processor, name the kernels to it.
-    """
-    kernels = {"AVX512": "SkylakeX", "AVX2": "Haswell"}.get(torch.backends.cpu.get_cpu_capability())
-    known = openblas_kernels()
-    if kernels and known and known not in AVX2_KERNELS and "faiss" not in sys.modules:
-        os.environ.setdefault("OPENBLAS_CORETYPE", kernels)
-    import faiss
-    # FAISS multiplies matrices only from queries * dimensions = 128,000 on, and compares one by one below: five times
-    # slower for 2,000 queries at 16 dimensions, and no faster for a single one.
-    faiss.cvar.distance_compute_blas_threshold = 0
-    return faiss
-
-
-def openblas_kernels():
-    """-> the kernels that FAISS's own OpenBLAS would choose here; None where the wheel does not carry one.
-
-    Asked in a process of its own: the library chooses once, when it is loaded.
-    """
-    libraries = Path(importlib.util.find_spec("faiss").origin).parents[1] / "faiss_cpu.libs"
-    found = sorted(libraries.glob("libopenblas*.so*"))
-    if not found:
-        return None
-    ask = (f"import ctypes; name = ctypes.CDLL({str(found[0])!r}).openblas_get_corename; "
-           "name.restype = ctypes.c_char_p; print(name().decode())")
-    answer = subprocess.run([sys.executable, "-ISE", "-c", ask], capture_output=True, text=True,
-                            env={**os.environ, "LD_LIBRARY_PATH": str(libraries)})
-    return answer.stdout.strip() or None
-
-
-faiss = load_faiss()
 
 
 # ------------------------------------------------------------------------------------------------ vectors
@@ -205,17 +162,16 @@ def vectors(flat):
 
 
 def built_index(xb, dim, kind, file=None, record=None):
-    """The index of all prefixes: from `file` if its record fits, else built, and kept there every minute.
+    """The index of all prefixes."""
+    return build(xb, lambda: new_index(dim, kind), lambda lo, rows: unit(rows, dim, first=lo), file, record)
 
-    A file that holds only the first rows (an interrupted run's) is completed.
+
+def build(xb, new, prepare, file=None, record=None):
+    """An index of all rows: new(), or what `file` holds if its record fits, with what it lacks of prepare(lo, xb[lo:]).
+
+    It is kept in `file` every minute, so that an interrupted build is completed.
     """
-    index = read_index(file) if file and fits(file, record) else new_index(dim, kind)
-    fill(index, xb, lambda lo, rows: unit(rows, dim, first=lo), file, record)
-    return index
-
-
-def fill(index, xb, prepare, file=None, record=None):
-    saved = time.monotonic()
+    index, saved = read_index(file) if file and fits(file, record) else new(), time.monotonic()
     with tqdm(total=len(xb), initial=index.ntotal, desc="index", unit="row", delay=2, leave=False) as bar:
         for lo in range(index.ntotal, len(xb), ROWS):
             rows = prepare(lo, xb[lo:lo + ROWS])
@@ -224,6 +180,7 @@ def fill(index, xb, prepare, file=None, record=None):
             if file and (index.ntotal == len(xb) or time.monotonic() - saved > 60):
                 write_index(index, file, record)
                 saved = time.monotonic()
+    return index
 
 
 def write_index(index, file, record):
@@ -236,75 +193,3 @@ def read_index(file, flags=0):
         return faiss.read_index(str(file), flags)
     except RuntimeError:
         raise InputError(f"{file}: not a complete FAISS index; delete it and run again") from None
-
-
-# ------------------------------------------------------------------------------------------------ adaptive index
-
-def adaptive_index(xb, retrieval_dim, rerank_dim=None, index="hnsw32", shortlist=200, storage="float32",
-                   file=None, record=None):
-    """Adaptive retrieval (section 4.3.1) as one FAISS index: shortlist at retrieval_dim, re-ranked at rerank_dim.
-
-    It takes raw full-width vectors, cuts and normalises them itself, and can be written and served by FAISS alone:
-    `faiss.read_index(file).search(xq, 10)` re-ranks `shortlist` candidates. rerank_dim: the full width when None.
-    storage: float32 or float16, of the vectors that the second stage keeps (n * rerank_dim numbers in memory).
-    file, record: as for `searcher`.
-    """
-    retrieval_dim = check_sizes(xb, retrieval_dim, index)
-    rerank_dim = check_sizes(xb, rerank_dim or xb.shape[1])
-    if not 1 <= shortlist <= len(xb):
-        raise InputError(f"shortlist={shortlist} is not between 1 and the {len(xb)} vectors of the database")
-    built = (read_index(file) if file and fits(file, record) else
-             new_adaptive_index(xb.shape[1], retrieval_dim, rerank_dim, index, shortlist, storage))
-    fill(built, xb, lambda lo, rows: checked(rows, retrieval_dim, rerank_dim, first=lo), file, record)
-    return built
-
-
-def new_adaptive_index(width, retrieval_dim, rerank_dim, kind, shortlist, storage):
-    first = new_index(retrieval_dim, kind)
-    if kind != "exactl2":
-        first.hnsw.efSearch = max(shortlist, EF_SEARCH)
-    if storage == "float32":
-        second = faiss.IndexFlatL2(rerank_dim)
-    elif storage == "float16":
-        second = faiss.IndexScalarQuantizer(rerank_dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_L2)
-    else:
-        raise InputError(f"unknown storage {storage!r}: float32 or float16")
-    refine = faiss.IndexRefine(of_prefix(rerank_dim, first), second)
-    refine.k_factor = shortlist / 10
-    # Through bytes: the copy owns its parts, of which Python would free some too early.
-    return faiss.deserialize_index(faiss.serialize_index(of_prefix(width, refine)))
-
-
-def of_prefix(width, index):
-    """An index on `width` numbers that cuts and normalises them for `index`."""
-    whole = faiss.IndexPreTransform(faiss.NormalizationTransform(index.d), index)
-    whole.prepend_transform(faiss.RemapDimensionsTransform(width, index.d, False))
-    return whole
-
-
-def checked(x, *dims, what="the database", first=0):
-    """-> x as float32, if each row has a direction on each prefix."""
-    for dim in dims:
-        unit(x, dim, what, first)
-    return np.ascontiguousarray(x, np.float32)
-
-
-def read_adaptive_index(file):
-    """-> the index in a file, memory-mapped: processes that serve it share its memory."""
-    return read_index(file, faiss.IO_FLAG_MMAP_IFC)
-
-
-def adaptive_search(index, xq, k, shortlist=200):
-    """-> D [q, k], I [q, k] from one call; any shortlist >= k."""
-    if not 1 <= k <= shortlist <= index.ntotal:
-        raise InputError(f"k={k}, shortlist={shortlist}: must be 1 <= k <= shortlist <= {index.ntotal} vectors")
-    if xq.shape[1] != index.d:
-        raise InputError(f"the queries have {xq.shape[1]} dimensions, the index {index.d}")
-    second = faiss.downcast_index(index.index)
-    first = faiss.downcast_index(second.base_index)
-    queries = checked(xq, first.index.d, second.d, what="the queries")
-    graph = faiss.SearchParametersHNSW(efSearch=max(shortlist, EF_SEARCH))
-    # FAISS cuts k * k_factor to an integer: the half keeps it from falling below the shortlist.
-    refine = faiss.IndexRefineSearchParameters(
-        k_factor=(shortlist + 0.5) / k, base_index_params=faiss.SearchParametersPreTransform(index_params=graph))
-    return index.search(queries, k, params=faiss.SearchParametersPreTransform(index_params=refine))

@@ -5,7 +5,7 @@
 
 xb [n, D] and xq [q, D] as in neighbors.py, which makes the list I [q, k]. Nothing is written to any of them. The
 database is visited in row order, each row straight from where it lies, so that a memory-mapped file is read once from
-front to back and needs no memory of its own. retrieve.py and reranking.ipynb write the new lists to files.
+front to back and needs no memory of its own. stages.py writes the new lists to files.
 """
 from itertools import pairwise
 

@@ -58,22 +58,20 @@ def add_search(command):
 
 
 def add_rerank(command):
-    command.add_argument("--retrieval_dim", type=COUNT, required=True, help="size of the first stage: D_s")
-    command.add_argument("--rerank_dims", type=COUNT, nargs="+", required=True, help="to re-rank at, each alone: D_r")
+    add_stages(command, "each alone: D_r")
     command.add_argument("--shortlist", type=COUNT, default=200, help="candidates re-ranked (%(default)s)")
-    add_k(command)
 
 
 def add_funnel(command):
-    command.add_argument("--retrieval_dim", type=COUNT, required=True, help="size of the first stage: D_s")
-    command.add_argument("--rerank_dims", type=COUNT, nargs="+", required=True, help="to re-rank at, one after another")
+    add_stages(command, "one after another")
     command.add_argument("--shortlists", type=COUNT, nargs="+", required=True, action="append",
                          help="candidates kept at each of them; give the flag again for another funnel")
-    add_k(command)
 
 
-def add_k(command):
-    command.add_argument("--k", type=COUNT, help="length of the list to begin with (as long as needed)")
+def add_stages(command, how):
+    command.add_argument("--retrieval_dim", type=COUNT, required=True, help="size of the first stage: D_s")
+    command.add_argument("--k", type=COUNT, help="length of its list (as long as needed)")
+    command.add_argument("--rerank_dims", type=COUNT, nargs="+", required=True, help=f"to re-rank at, {how}")
 
 
 def add_metrics(command):

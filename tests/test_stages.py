@@ -104,9 +104,10 @@ def test_chunks_of_queries_give_the_same_lists(task, tmp_path, monkeypatch):
     assert (pieces == whole).mean() > 0.99
 
 
-def write_csv(task, recipe, I, spaced=True):
+def write_csv(task, recipe, I):
+    """A list as the original writes it, with its spaces."""
     file = list_file(task.output, recipe, "1K", "mrl", ".csv")
-    file = file.with_name(file.name.replace(",", ", ")) if spaced else file
+    file = file.with_name(file.name.replace(",", ", "))
     file.parent.mkdir(parents=True, exist_ok=True)
     np.savetxt(file, I, fmt="%d", delimiter=",")
     return file

@@ -1,0 +1,83 @@
+"""Adaptive retrieval as one FAISS index: built, kept in a file, served from it.
+
+    index = adaptive_index(xb, 16)                          # shortlist at 16 + re-ranking at the full width, one call
+    D, I = adaptive_search(index, xq, k=10, shortlist=200)
+
+xb [n, D], xq [q, D], D and I [q, k] as in neighbors.py. stages.py (retrieve.py index) builds the file; any program with
+FAISS can serve it.
+"""
+import numpy as np
+from faiss_kernels import faiss
+from neighbors import EF_SEARCH, build, check_sizes, new_index, read_index, unit
+
+from MRL import InputError
+
+
+def adaptive_index(xb, retrieval_dim, rerank_dim=None, index="hnsw32", shortlist=200, storage="float32",
+                   file=None, record=None):
+    """Adaptive retrieval (section 4.3.1) as one FAISS index: shortlist at retrieval_dim, re-ranked at rerank_dim.
+
+    It takes raw full-width vectors, cuts and normalises them itself, and can be written and served by FAISS alone:
+    `faiss.read_index(file).search(xq, 10)` re-ranks `shortlist` candidates. rerank_dim: the full width when None.
+    storage: float32 or float16, of the vectors that the second stage keeps (n * rerank_dim numbers in memory).
+    file, record: as for neighbors.searcher.
+    """
+    retrieval_dim = check_sizes(xb, retrieval_dim, index)
+    rerank_dim = check_sizes(xb, rerank_dim or xb.shape[1])
+    if not 1 <= shortlist <= len(xb):
+        raise InputError(f"shortlist={shortlist} is not between 1 and the {len(xb)} vectors of the database")
+    return build(xb, lambda: new_adaptive_index(xb.shape[1], retrieval_dim, rerank_dim, index, shortlist, storage),
+                 lambda lo, rows: checked(rows, retrieval_dim, rerank_dim, first=lo), file, record)
+
+
+def new_adaptive_index(width, retrieval_dim, rerank_dim, kind, shortlist, storage):
+    first = new_index(retrieval_dim, kind)
+    if kind != "exactl2":
+        first.hnsw.efSearch = max(shortlist, EF_SEARCH)
+    refine = faiss.IndexRefine(of_prefix(rerank_dim, first), vectors_kept_as(storage, rerank_dim))
+    refine.k_factor = shortlist / 10
+    # Through bytes: the copy owns its parts, of which Python would free some too early.
+    return faiss.deserialize_index(faiss.serialize_index(of_prefix(width, refine)))
+
+
+def vectors_kept_as(storage, dim):
+    if storage == "float32":
+        return faiss.IndexFlatL2(dim)
+    if storage == "float16":
+        return faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_L2)
+    raise InputError(f"unknown storage {storage!r}: float32 or float16")
+
+
+def of_prefix(width, index):
+    """An index on `width` numbers that cuts and normalises them for `index`."""
+    whole = faiss.IndexPreTransform(faiss.NormalizationTransform(index.d), index)
+    whole.prepend_transform(faiss.RemapDimensionsTransform(width, index.d, False))
+    return whole
+
+
+def checked(x, *dims, what="the database", first=0):
+    """-> x as float32, if each row has a direction on each prefix."""
+    for dim in dims:
+        unit(x, dim, what, first)
+    return np.ascontiguousarray(x, np.float32)
+
+
+def read_adaptive_index(file):
+    """-> the index in a file, memory-mapped: processes that serve it share its memory."""
+    return read_index(file, faiss.IO_FLAG_MMAP_IFC)
+
+
+def adaptive_search(index, xq, k, shortlist=200):
+    """-> D [q, k], I [q, k] from one call; any shortlist >= k."""
+    if not 1 <= k <= shortlist <= index.ntotal:
+        raise InputError(f"k={k}, shortlist={shortlist}: must be 1 <= k <= shortlist <= {index.ntotal} vectors")
+    if xq.shape[1] != index.d:
+        raise InputError(f"the queries have {xq.shape[1]} dimensions, the index {index.d}")
+    second = faiss.downcast_index(index.index)
+    first = faiss.downcast_index(second.base_index)
+    queries = checked(xq, first.index.d, second.d, what="the queries")
+    graph = faiss.SearchParametersHNSW(efSearch=max(shortlist, EF_SEARCH))
+    # FAISS cuts k * k_factor to an integer: the half keeps it from falling below the shortlist.
+    refine = faiss.IndexRefineSearchParameters(
+        k_factor=(shortlist + 0.5) / k, base_index_params=faiss.SearchParametersPreTransform(index_params=graph))
+    return index.search(queries, k, params=faiss.SearchParametersPreTransform(index_params=refine))

@@ -1,0 +1,56 @@
+"""serving.py: the adaptive index is shortlist + re-ranking, in memory, from a file and by FAISS alone."""
+import numpy as np
+import pytest
+import retrieval_world
+from neighbors import INDEXES, search
+from retrieval_world import assert_nearest
+from serving import adaptive_index, adaptive_search, read_adaptive_index
+
+from MRL import InputError
+
+
+@pytest.fixture(scope="module")
+def world():
+    xb, _, xq, _ = retrieval_world.world(3000, 60, 64)
+    return xb, xq
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16"])
+@pytest.mark.parametrize("index", INDEXES)
+@pytest.mark.parametrize("rerank_dim", [None, 40])
+def test_the_adaptive_index_is_shortlist_and_rerank(world, tmp_path, index, storage, rerank_dim):
+    xb, xq = world
+    file = tmp_path / "a.index"
+    built = adaptive_index(xb, 8, rerank_dim, index, shortlist=100, storage=storage, file=file, record={})
+    slack = 2e-6 if storage == "float32" else 2e-3
+    for k, shortlist in ((10, 100), (7, 100), (1, 1), (3, 50)):
+        D, I = adaptive_search(built, xq, k, shortlist)
+        if index == "exactl2":
+            among = search(xb, xq, 8, shortlist)[1]
+            assert_nearest(xb, xq, rerank_dim or 64, I, D, among, slack)
+        assert (I >= 0).all() and (np.diff(D) >= 0).all()
+    served = read_adaptive_index(file)
+    assert np.array_equal(adaptive_search(served, xq, 10, 100)[1], adaptive_search(built, xq, 10, 100)[1])
+    assert np.array_equal(served.search(xq, 10)[1], adaptive_search(built, xq, 10, 100)[1])   # FAISS alone
+
+
+def test_adaptive_graph_and_flat_first_stage_agree(world):
+    xb, xq = world
+    lists = [adaptive_search(adaptive_index(xb, 16, index=index), xq, 10)[1] for index in ("hnsw32", "exactl2")]
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(*lists, strict=True)]) > 0.99
+
+
+@pytest.mark.parametrize("k, shortlist", [(10, 5), (0, 5), (10, 3001)])
+def test_adaptive_search_refuses_lengths_that_do_not_fit(world, k, shortlist):
+    with pytest.raises(InputError, match="must be 1 <= k <= shortlist <= 3000"):
+        adaptive_search(adaptive_index(world[0], 8, index="exactl2"), world[1], k, shortlist)
+
+
+def test_vectors_without_direction_are_named(world):
+    xb, xq = (x.copy() for x in world)
+    index = adaptive_index(xb, 16, index="exactl2")
+    xb[77, :16], xq[3, 0] = 0, np.nan
+    with pytest.raises(InputError, match="the database: row 77"):
+        adaptive_index(xb, 16)
+    with pytest.raises(InputError, match="the queries: row 3"):
+        adaptive_search(index, xq, 5)

@@ -47,19 +47,19 @@ def plot(table):
 def neighbours(folder):
     """Some queries, and under each size their nearest database images; a red frame where the digit differs."""
     (xb, yb), (xq, yq) = (read(folder, split) for split in ("train", "val"))
+    database, query_images = (images(folder, split) for split in ("train", "val"))
     queries = hardest(xb, xq, yb, yq)
     figure = Figure(figsize=(1 + len(SHOWN) * NEIGHBOURS * 0.55, QUERIES * 0.62))
-    axes = figure.subplots(QUERIES, 1 + len(SHOWN) * NEIGHBOURS)
-    found = {size: nearest(xb, xq[queries], size)[:, :NEIGHBOURS] for size in SHOWN}
-    files = {split: images(folder, split) for split in ("train", "val")}
-    for row, query in zip(axes, queries, strict=True):
-        draw(row[0], files["val"][query], "black")
-        for s, size in enumerate(SHOWN):
-            for place, i in enumerate(found[size][list(queries).index(query)]):
-                draw(row[1 + s * NEIGHBOURS + place], files["train"][i], "green" if yb[i] == yq[query] else "red")
-    axes[0, 0].set_title("query", fontsize=9)
+    first, *others = figure.subplots(QUERIES, 1 + len(SHOWN) * NEIGHBOURS).T              # columns of axes
+    for axes, query in zip(first, queries, strict=True):
+        draw(axes, query_images[query], "black")
+    first[0].set_title("query", fontsize=9)
     for s, size in enumerate(SHOWN):
-        axes[0, 1 + s * NEIGHBOURS].set_title(f"size {size}", fontsize=9, loc="left")
+        columns = others[s * NEIGHBOURS:(s + 1) * NEIGHBOURS]
+        columns[0][0].set_title(f"size {size}", fontsize=9, loc="left")
+        for column, found in zip(columns, nearest(xb, xq[queries], size)[:, :NEIGHBOURS].T, strict=True):
+            for axes, row, query in zip(column, found, queries, strict=True):
+                draw(axes, database[row], "green" if yb[row] == yq[query] else "red")
     figure.subplots_adjust(0.01, 0.01, 0.99, 0.94, 0.08, 0.08)
     return figure
 

@@ -14,7 +14,7 @@ import json
 import numpy as np
 import outputs
 
-from MRL import InputError, command_line, number, replacing
+from MRL import InputError, command_line, number, write_json
 
 GRID = np.linspace(0.1, 1.0, 100)          # the thresholds that are tried: the original's
 HEADS = ("mrl", "mrl_e")
@@ -120,8 +120,7 @@ def learn(args):
     thresholds = best_thresholds(conf[:, tune], correct[:, tune])
     policy = {"thresholds": thresholds.tolist(), "n": len(gt), "fraction": args.fraction, "seed": args.seed,
               **{key: info[key] for key in ("head", "nesting_list", "checkpoint", "dataset", "images", "tta")}}
-    with replacing(args.policy) as temporary:
-        temporary.write_text(json.dumps(policy, indent=1) + "\n")
+    write_json(args.policy, policy)
     print(f"thresholds {' '.join(f'{t:.3f}' for t in thresholds)}, tuned on {tune.sum()} images of {args.dataset}; "
           f"saved to {args.policy}")
 

@@ -18,9 +18,8 @@ from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from MRL import InputError
+from MRL import MEAN, STD, InputError, stack_logits
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)         # ImageNet's, as in training and inference
 BATCH = 16
 
 
@@ -36,7 +35,7 @@ def grad_cam(model, x, target=None, layer=None):
     with maps_of(find_layer(model, layer)) as kept:
         output = model(x)
     activation = kept[-1]                                                     # [N, K, h, w]
-    logits = output[None] if torch.is_tensor(output) else torch.stack(output)
+    logits = stack_logits(output)
     classes = logits.argmax(-1) if target is None else target.expand(len(logits), -1)
     scores = logits.gather(-1, classes[..., None]).sum((1, 2))                # [G]; images do not meet in eval mode
     maps = [weighed(activation, score) for score in scores]
@@ -124,11 +123,11 @@ def normalise(image):
     return transforms.functional.normalize(image, MEAN, STD)
 
 
-def overlay(image, heat, strength=0.5):
-    """image [3, H, W] in 0 ... 1, heat [h, w] >= 0 -> [H, W, 3]: the map, scaled to its maximum, over the image."""
+def overlay(image, heat):
+    """image [3, H, W] in 0 ... 1, heat [h, w] >= 0 -> [H, W, 3]: the mean of image and map, scaled to its maximum."""
     heat = F.interpolate(heat[None, None], size=image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
     colours = matplotlib.colormaps["inferno"]((heat / heat.max().clamp(min=1e-12)).numpy())[..., :3]
-    return strength * colours + (1 - strength) * image.permute(1, 2, 0).numpy()
+    return (colours + image.permute(1, 2, 0).numpy()) / 2
 
 
 # ------------------------------------------------------------------------------------------------ classes

@@ -9,10 +9,9 @@ have no .json and other spellings; they are read too.
 import re
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from MRL import InputError, read_json
+from MRL import InputError, exact_labels, read_json
 
 # The first is what this repository writes (the original's script left `_ff=` out and some of its notebooks wrote 1 for
 # True); the second is what the original's oracle, superclass and Grad-CAM notebooks ask for: sh (single head) is MRL-E.
@@ -135,13 +134,7 @@ def load(path, dims):
     if array.ndim != dims or not array.size:
         raise InputError(f"{path}: has shape {list(array.shape)}, expected "
                          f"{['[N]', '[G, N]', '[G, N, C]'][dims - 1]} with N > 0")
-    return array if dims == 3 else whole_numbers(path, array)
-
-
-def whole_numbers(path, array):
-    if not np.isfinite(array).all() or (array != np.floor(array)).any() or (array < 0).any():
-        raise InputError(f"{path}: holds other numbers than class indices")
-    return array.astype(np.int64)
+    return array if dims == 3 else exact_labels(array, path)
 
 
 def describe(path, array, wanted):

@@ -1,59 +1,36 @@
 """The four notebooks of model_analysis/, from the first cell to the last, on files made by our own inference.
 
-The model is random and the images are noise: two tiny trees, one of ten classes of our own (as the demo's), one with
-the folder names of ImageNet and ImageNet-A.
+The models are random and each image has one colour: two tiny trees, one of ten classes of our own (as the demo's), one
+with the folder names of ImageNet and ImageNet-A.
 """
-import json
-
 import nbformat
-import numpy as np
 import papermill
 import pytest
 import superclass
-import torch
 from conftest import ROOT
-from PIL import Image
-
-from MRL import build_model
+from eval_sets import synsets
+from image_trees import make_run, make_tree
 
 FOLDER = ROOT / "model_analysis"
 NOTEBOOKS = ["Model_Cascades", "Oracle_Upper_Bound_Performance", "Custom_SuperClass_Performance", "GradCAM"]
 PREPARED = "--resize 32 --crop 32 --workers 0"
 
 
-def make_images(folder, classes, each):
-    rng = np.random.default_rng(len(classes))
-    for name in classes:
-        (folder / name).mkdir(parents=True)
-        for i in range(each):
-            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
-
-
-def make_run(folder, arch, num_classes):
-    """A run folder as training leaves it, with random weights."""
-    torch.manual_seed(0)
-    model = build_model(arch, "mrl", num_classes=num_classes)
-    folder.mkdir(parents=True)
-    torch.save(model.state_dict(), folder / "final_weights.pt")
-    (folder / "params.json").write_text(json.dumps({"model": model.spec}))
-    return folder / "final_weights.pt"
-
-
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
     """Ten classes of our own: -> (folder of images and run, the checkpoint)."""
     folder = tmp_path_factory.mktemp("own")
-    make_images(folder / "val", [f"class_{i:02}" for i in range(10)], each=6)
-    return folder, make_run(folder / "run", "resnet18", 10)
+    make_tree(folder / "val", [f"class_{i:02}" for i in range(10)], per_class=6)
+    return folder, make_run(folder / "run")
 
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
     """ImageNet's 1,000 classes and ImageNet-A's 200, an image each: -> (folder of images and run, the checkpoint)."""
     folder = tmp_path_factory.mktemp("imagenet")
-    make_images(folder / "val", superclass.classes(), each=1)
-    make_images(folder / "imagenet-a", (ROOT / "inference/imagenet_a_synsets.txt").read_text().split(), each=1)
-    return folder, make_run(folder / "run", "shufflenet_v2_x0_5", 1000)
+    make_tree(folder / "val", superclass.classes())
+    make_tree(folder / "imagenet-a", synsets("imagenet_a_synsets.txt"))
+    return folder, make_run(folder / "run", num_classes=1000, arch="shufflenet_v2_x0_5")
 
 
 def execute(name, tmp_path, **settings):

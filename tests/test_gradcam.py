@@ -16,8 +16,8 @@ def x():
     return torch.from_numpy(np.random.default_rng(0).standard_normal((3, 3, 64, 64)).astype(np.float32))
 
 
-def model_of(head, arch="resnet18"):
-    model = build_model(arch, head, num_classes=5)
+def model_of(head):
+    model = build_model("resnet18", head, num_classes=5)
     model.load_state_dict(fill(model.state_dict(), seed=1))
     return model.eval()
 

@@ -163,9 +163,8 @@ def test_class_beyond_the_models(folder, arrays):
     assert f"class {C} is beyond the {C} classes" in refusal(folder, "predictions", "mrl", "V1", True)
 
 
-@pytest.mark.parametrize("labels", [np.full(N, 0.5), np.full(N, -1), np.full(N, np.nan)])
-def test_labels_that_are_no_classes(folder, labels):
-    save(folder, "gt_dataset=V1", labels)
+def test_labels_that_are_no_classes(folder):
+    save(folder, "gt_dataset=V1", np.full(N, 0.5))
     assert "other numbers than class indices" in refusal(folder, "softmax", "mrl", "V1", True)
 
 
@@ -199,7 +198,7 @@ def test_two_files_that_fit(folder, arrays):
     assert "several files fit" in refusal(folder, "softmax", "mrl", "V1", True)
 
 
-def test_files_of_different_models(folder, arrays):
+def test_files_of_different_models(folder):
     *_, info = outputs.read(folder, "softmax", "mrl", "V1", True)
     outputs.same_run(info, info | {"dataset": "V2"}, info | {"checkpoint": None})
     with pytest.raises(InputError, match="different checkpoints"):

@@ -482,7 +482,7 @@ def read_json(path):
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise InputError(f"{path}: not a JSON file as this repository writes them; remove it")
+        raise InputError(f"{path}: not a JSON file as this repository writes them; repair or remove it")
     return content
 
 
@@ -545,20 +545,25 @@ def number(kind, least, most=math.inf):
 def command_line(main):
     """Run a script's main. Bad input ends with one line and exit status 1, Ctrl-C with 130, SIGTERM with 143."""
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # so that temporary files are removed
+    complaint = what_stops(main)           # printed here, when the exception is gone and progress bars have ended
+    if complaint == "interrupted":
+        print(complaint, file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    if complaint is not None:
+        sys.exit("error: " + " ".join(complaint.split()))
+
+
+def what_stops(main):
+    """Run main -> None, or why it ended."""
     try:
         main()
     except InputError as error:
-        complain(error)
+        return str(error)
     except OSError as error:
-        complain(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
+        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "allocate" not in str(error):    # PyTorch's MemoryError
             raise
-        complain(f"not enough memory: {error}")
+        return f"not enough memory: {error}"
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def complain(error):
-    sys.exit("error: " + " ".join(str(error).split()))
+        return "interrupted"

@@ -87,9 +87,9 @@ def searcher(xb, retrieval_dim, index="exactl2", file=None, record=None, device=
     streamed = index == "exactl2" and len(xb) > block
     built = None if streamed else built_index(xb, retrieval_dim, index, file, record)
 
-    def find(xq, k):
+    def find(xq, k, first=0):
         k = check_queries(xb, xq, k)
-        q = unit(xq, retrieval_dim, "the queries")
+        q = unit(xq, retrieval_dim, "the queries", first)
         if index != "exactl2":
             D, I = built.search(q, k, params=faiss.SearchParametersHNSW(efSearch=max(k, EF_SEARCH)))
             return np.where(I < 0, np.inf, D), I

@@ -19,26 +19,27 @@ PAIRS = 2 ** 20           # (query, candidate) pairs at a time
 COPIED_PAIRS = 2 ** 14    # the same for float16 databases, whose rows are converted: 128 MiB of 2,048-d float32
 
 
-def rerank(xb, xq, I, rerank_dim, shortlist):
+def rerank(xb, xq, I, rerank_dim, shortlist, first=0):
     """-> [q, shortlist]: the first `shortlist` of each list, sorted by distance on the first rerank_dim numbers.
 
     Candidates at equal distance keep the order of I; -1 comes last. Raises InputError for a size past the width, a
-    shortlist longer than I, row numbers past the database, and for zero or NaN vectors among the candidates.
+    shortlist longer than I, row numbers past the database, and for zero or NaN vectors among the candidates (a query's
+    row is counted from `first`).
     """
     check(xb, xq, I, rerank_dim, shortlist)
     I = I[:, :shortlist]
-    order = np.argsort(-cosines(xb, xq, I, rerank_dim), axis=1, kind="stable")
+    order = np.argsort(-cosines(xb, xq, I, rerank_dim, first), axis=1, kind="stable")
     return np.take_along_axis(I, order, 1)
 
 
-def funnel(xb, xq, I, rerank_dims, shortlists):
+def funnel(xb, xq, I, rerank_dims, shortlists, first=0):
     """-> [q, shortlists[-1]]: `rerank` at each size in turn, each on the survivors of the one before."""
     if len(rerank_dims) != len(shortlists) or not len(shortlists):
         raise InputError(f"a funnel needs as many sizes as shortlists, got {list(rerank_dims)} and {list(shortlists)}")
     if any(b > a for a, b in pairwise(shortlists)):
         raise InputError(f"the shortlists of a funnel must not grow: {list(shortlists)}")
     for dim, shortlist in zip(rerank_dims, shortlists, strict=True):
-        I = rerank(xb, xq, I, dim, shortlist)
+        I = rerank(xb, xq, I, dim, shortlist, first)
     return I
 
 
@@ -51,10 +52,10 @@ def check(xb, xq, I, dim, shortlist):
         raise InputError(f"the lists name rows from {I.min()} to {I.max()}, the database has {len(xb)}")
 
 
-def cosines(xb, xq, I, dim):
+def cosines(xb, xq, I, dim, first):
     """-> [q, s] float32 cosine of each query and candidate on the first dim numbers; -inf where I is -1."""
     candidates, xq = I.ravel().astype(np.int64), read_only(np.ascontiguousarray(xq, np.float32))
-    refuse(~(np.einsum("qd,qd->q", xq[:, :dim], xq[:, :dim]) > 0), np.arange(len(xq)), "the queries", dim)
+    refuse(~(np.einsum("qd,qd->q", xq[:, :dim], xq[:, :dim]) > 0), first + np.arange(len(xq)), "the queries", dim)
     values = np.full(candidates.size, -np.inf, np.float32)
     pairs = in_row_order(candidates, len(xb))
     step = PAIRS if in_place(xb) else COPIED_PAIRS

@@ -92,7 +92,7 @@ def searched(task, retrieval_dim, k=None):
     def prepare():
         find = neighbors.searcher(data.xb, retrieval_dim, task.index, *index_file(task, data, retrieval_dim),
                                   task.device, task.memory_gb)
-        return lambda lo, hi: find(data.xq[lo:hi], k)[1]
+        return lambda lo, hi: find(data.xq[lo:hi], k, lo)[1]
 
     return there_or_made(task, data, Recipe(task.index, retrieval_dim, k), (len(data.xq), k), prepare, SEARCH_QUERIES)
 
@@ -112,7 +112,7 @@ def reranked(task, retrieval_dim, rerank_dims, shortlists, k=None):
     before = read_json(record_file(source)) or UNKNOWN
 
     def prepare():
-        return lambda lo, hi: funnel(data.xb, data.xq[lo:hi], I[lo:hi], rerank_dims, shortlists)
+        return lambda lo, hi: funnel(data.xb, data.xq[lo:hi], I[lo:hi], rerank_dims, shortlists, lo)
 
     recipe = Recipe(task.index, retrieval_dim, k, rerank_dims, shortlists)
     return there_or_made(task, data, recipe, (len(data.xq), shortlists[-1]), prepare,
@@ -168,11 +168,12 @@ def serving_index(task, retrieval_dim, rerank_dim=None, shortlist=200, storage="
 
 def score(task, file, ks=KS):
     """-> one row of a table: what a list is, its accuracy (fractions), its cost. ks past its end are left out."""
-    recipe, dataset = parse_list_file(file) or (None, None)
+    file, (recipe, dataset) = Path(file), parse_list_file(file) or (None, None)
+    if recipe is None:
+        raise InputError(f"{file}: the name of a neighbour list says how it was made; this one does not")
     if dataset != task.dataset:
-        raise InputError(f"{file}: the name of a neighbour list says how it was made and of which set; "
-                         f"this one's does not say {task.dataset}")
-    if not Path(file).is_file():
+        raise InputError(f"{file}: a list of {dataset}, not of {task.dataset}; give --dataset {dataset}")
+    if not file.is_file():
         raise InputError(f"{file}: no such file; retrieve.py search makes it")
     data = open_data(task, max((recipe.retrieval_dim, *recipe.rerank_dims)))
     if not usable(file, data.record):

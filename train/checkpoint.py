@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from MRL import InputError, replacing
+from MRL import InputError, read_json, replacing
 
 FORMAT = "MRL training checkpoint 1"
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint_previous.pt"
@@ -45,10 +45,10 @@ def git_revision():
 def saved_settings(folder):
     """-> the settings of a run folder, to continue it with."""
     path = Path(folder) / "params.json"
-    try:
-        return json.loads(path.read_text())["settings"]
-    except (OSError, KeyError, ValueError):
-        raise InputError(f"--training.resume={folder}: no run folder ({path.name} is missing or broken)") from None
+    settings = (read_json(path) or {}).get("settings")
+    if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
+        raise InputError(f"--training.resume={folder}: no run folder ({path.name} is missing or broken)")
+    return settings
 
 
 def check_same_run(folder, settings):

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from MRL import InputError
+from MRL import InputError, command_line
 
 
 @dataclass
@@ -73,9 +73,9 @@ def check_devices(settings):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((settings.dist.address, int(settings.dist.port)))
-            except OSError as error:
+            except (OSError, ValueError, OverflowError) as error:
                 raise InputError(f"--dist.address={settings.dist.address} --dist.port={settings.dist.port}: "
-                                 f"{error.strerror}; choose another") from None
+                                 f"{getattr(error, 'strerror', error)}; choose another") from None
 
 
 def launch(worker, settings, *args):
@@ -91,7 +91,7 @@ def launch(worker, settings, *args):
 def spawn(worker, settings, *args):
     os.environ.update(MASTER_ADDR=settings.dist.address, MASTER_PORT=str(settings.dist.port),
                       WORLD_SIZE=str(world_size(settings)))
-    context = mp.start_processes(run_worker, (worker, settings, *args), nprocs=world_size(settings),
+    context = mp.start_processes(run_spawned, (worker, settings, *args), nprocs=world_size(settings),
                                  join=False, start_method="spawn")
     # The processes stop by themselves when asked to (see StopRequest); this one passes the word on and waits.
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -101,6 +101,10 @@ def spawn(worker, settings, *args):
             pass
     except mp.ProcessExitedException as stopped:
         sys.exit(stopped.exit_code)
+
+
+def run_spawned(*args):
+    command_line(lambda: run_worker(*args))
 
 
 def run_worker(local_rank, worker, settings, *args):

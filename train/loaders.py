@@ -15,6 +15,7 @@ from MRL import InputError
 
 TORCH_THREADS = torch.get_num_threads()      # importing FFCV sets it to 1
 # ruff: noqa: E402
+from ffcv.fields import IntField, RGBImageField
 from ffcv.fields.basics import IntDecoder
 from ffcv.fields.rgb_image import IMAGE_MODES, CenterCropRGBImageDecoder, ResizedCropRGBImageDecoder
 from ffcv.libffcv import imdecode, resize_crop
@@ -56,6 +57,7 @@ def train_loader(path, batch_size, num_workers, in_memory, resolution, seed, dev
 def val_loader(path, batch_size, num_workers, resolution, device, rank=0, world_size=1):
     """Centre crops in file order; process `rank` reads images rank, rank + world_size, ...: each image exactly once."""
     mine = np.arange(Reader(str(path)).num_samples, dtype=np.uint64)[rank::world_size]
+    batch_size = min(batch_size, max(1, len(mine)))      # FFCV holds memory for whole batches
     crop = CenterCropRGBImageDecoder((resolution, resolution), VALIDATION_RATIO)
     return Loader(str(path), batch_size, workers(num_workers), os_cache=True, order=OrderOption.SEQUENTIAL,
                   indices=mine, drop_last=False, pipelines=pipelines(crop, device))
@@ -210,6 +212,15 @@ class SeededCrop(ResizedCropRGBImageDecoder):
         return decode
 
 
+def pixels_are_there(images, table, size):
+    """Does each image begin where the table says that one is stored, of its size if raw, and within the file?"""
+    table = table[np.argsort(table["ptr"])]
+    stored = table[np.searchsorted(table["ptr"], images["data_ptr"]).clip(max=len(table) - 1)]
+    pixels = 3 * images["height"].astype(np.uint64) * images["width"]
+    return ((stored["ptr"] == images["data_ptr"]) & (stored["ptr"] + stored["size"] <= size) & (pixels > 0)
+            & ((images["mode"] == IMAGE_MODES["jpg"]) | (stored["size"] == pixels))).all()
+
+
 def check_file(path, num_classes):
     """-> number of images of a complete .ffcv file with labels below num_classes; InputError otherwise."""
     path = Path(path)
@@ -224,9 +235,15 @@ def check_file(path, num_classes):
     # FFCV writes the table last, one row per stored image, so a file that lacks some of it was cut off.
     if table == 0 or size - table < images * ALLOC_TABLE_TYPE.itemsize:
         raise InputError(f"{path}: truncated or not finished writing; run write_imagenet.sh again")
-    reader = Reader(str(path))
-    if list(reader.handlers) != ["image", "label"] or not images:
-        raise InputError(f"{path}: has fields {list(reader.handlers)} and {images} images, expected image and label")
+    try:
+        reader = Reader(str(path))
+        fields = {name: type(handler) for name, handler in reader.handlers.items()}
+    except Exception:                      # whatever FFCV makes of other bytes
+        raise InputError(f"{path}: damaged; run write_imagenet.sh again") from None
+    if fields != {"image": RGBImageField, "label": IntField} or not images:
+        raise InputError(f"{path}: has fields {list(fields)} and {images} images, expected an image and a label")
+    if not pixels_are_there(reader.metadata["f0"], reader.alloc_table, size):
+        raise InputError(f"{path}: damaged (images lie outside the file); run write_imagenet.sh again")
     labels = reader.metadata["f1"]
     if labels.min() < 0 or labels.max() >= num_classes:
         raise InputError(f"{path}: labels run from {labels.min()} to {labels.max()}, model.num_classes={num_classes}")

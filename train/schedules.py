@@ -33,4 +33,4 @@ def resolution(epoch, min_res, max_res, start_ramp, end_ramp):
         return min_res
     if epoch >= end_ramp:
         return max_res
-    return 32 * round(float(np.interp(epoch, [start_ramp, end_ramp], [min_res, max_res])) / 32)
+    return max(32, 32 * round(float(np.interp(epoch, [start_ramp, end_ramp], [min_res, max_res])) / 32))

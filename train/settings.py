@@ -3,6 +3,7 @@
 fastargs itself ignores unknown keys of a config file and exits with status 0 on a bad value.
 """
 import argparse
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ def read_settings(config, description, defaults=None):
     """
     config.content.clear()
     config.collect(defaults or {})
-    for path in config_files():
+    for path in looked_up("--config-file", "-C", action="append") or []:
         check_keys(path, config)
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     config.augment_argparse(parser)
@@ -31,17 +32,18 @@ def read_settings(config, description, defaults=None):
     return SimpleNamespace(**{name: SimpleNamespace(**values) for name, values in sections.items()})
 
 
-def config_files():
+def looked_up(*flag, **options):
+    """-> the value of a flag that is needed before all settings are read; None where it is not given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config-file", "-C", action="append", default=[])
-    return parser.parse_known_args()[0].config_file
+    parser.add_argument(*flag, dest="value", **options)
+    return parser.parse_known_args()[0].value
 
 
 def check_keys(path, config):
     """InputError for a key of a YAML (or JSON) file that no section declares."""
     try:
         content = yaml.safe_load(Path(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:      # ValueError: not UTF-8; no such date
         raise InputError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
         raise InputError(f"{path}: expected sections of keys, as in rn50_configs/rn50_40_epochs.yaml")
@@ -58,9 +60,12 @@ def check_values(config):
         expected = config.entries[path].checker.help()
         wanted = "required" if isinstance(error, MissingValueError) else f"expected {expected}"
         problems.append(f"--{name}: {wanted}" if given is None else f"--{name}={given}: {wanted}")
-    for path, given in config.content.items():
-        if isinstance(given, float) and not problems and config[path] != given:     # YAML's 1.5 for a whole number
+    for path, given in () if problems else config.content.items():
+        value = config[path]
+        if isinstance(given, float) and value != given:      # YAML's 1.5 for a whole number
             problems.append(f"--{'.'.join(path)}={given}: expected {config.entries[path].checker.help()}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"--{'.'.join(path)}={given}: expected a finite number")
     if problems:
         raise InputError("; ".join(problems))
 

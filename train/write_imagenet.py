@@ -10,7 +10,10 @@ import multiprocessing
 import os
 import signal
 import sys
+from contextlib import contextmanager
+from multiprocessing.shared_memory import SharedMemory
 
+import ffcv.writer
 import numpy as np
 from fastargs import Config, Param, Section
 from fastargs.validation import And, InRange, OneOf
@@ -31,7 +34,7 @@ Section("cfg", "what to write", CONFIG).params(
     write_path=Param(str, "the .ffcv file to write", required=True),
     write_mode=Param(And(str, OneOf(["raw", "smart", "jpg", "proportion"])), "how pixels are stored", default="smart"),
     max_resolution=Param(And(int, InRange(min=1, max=20000)), "longest side; larger images are shrunk", required=True),
-    num_workers=Param(And(int, InRange(min=1)), "processes", default=16),
+    num_workers=Param(And(int, InRange(min=1, max=16 * os.cpu_count())), "processes", default=16),
     chunk_size=Param(And(int, InRange(min=1)), "images a process takes at a time", default=100),
     jpeg_quality=Param(And(int, InRange(min=1, max=100)), "quality of JPEGs", default=90),
     subset=Param(int, "write only the first so many images; -1 is all", default=-1),
@@ -52,8 +55,8 @@ def open_dataset(cfg):
 class Readable(Dataset):
     """The first n items; an image that cannot be read is named and counted, for FFCV waits for ever on an exception."""
 
-    def __init__(self, dataset, n):
-        self.dataset, self.n = dataset, n
+    def __init__(self, dataset, n, max_resolution):
+        self.dataset, self.n, self.max_resolution = dataset, n, max_resolution
         self.unreadable = multiprocessing.Value("q", 0)
 
     def __len__(self):
@@ -62,12 +65,60 @@ class Readable(Dataset):
     def __getitem__(self, index):
         np.random.seed(index)      # noqa: NPY002  FFCV draws from it which images become JPEGs: the same in every writing
         try:
-            return self.dataset[index]
-        except (OSError, SyntaxError, ValueError) as error:
+            image, label = self.dataset[index]
+            if min(image.size) * self.max_resolution < max(image.size):
+                raise ValueError(f"{image.size[0]} x {image.size[1]} pixels are too thin to be shrunk")
+            return image, label
+        except Exception as error:      # whatever a decoder makes of broken bytes
             with self.unreadable.get_lock():
                 self.unreadable.value += 1
             print(f"unreadable: {self.dataset.samples[index][0]} ({error})", file=sys.stderr)
             return Image.new("RGB", (1, 1)), 0
+
+
+WORKERS = []      # FFCV's writer starts them and, if one fails, waits for ever: `supervised` looks after them
+
+
+class Worker(multiprocessing.Process):
+    def __init__(self, target, args):
+        super().__init__(target=target, args=args)
+        self.work = args[0]                 # the queue of images
+        WORKERS.append(self)
+
+    def run(self):
+        for signum in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_DFL)
+        try:
+            super().run()
+        except Exception as error:
+            sys.exit(f"writing failed: {error}")
+
+
+ffcv.writer.Process = Worker
+
+
+@contextmanager
+def supervised(writer, path):
+    """Ends FFCV's writing when one of its processes fails; whatever ends it, no process and no shared memory stays."""
+    def look(*_):
+        if any(worker.exitcode for worker in WORKERS):
+            raise InputError(f"{path} could not be written: a process failed or was killed; is disk or memory full?")
+
+    WORKERS.clear()
+    before = signal.signal(signal.SIGCHLD, look)
+    try:
+        yield
+    except BaseException:
+        signal.signal(signal.SIGCHLD, before)
+        for worker in WORKERS:
+            worker.work.cancel_join_thread()
+            worker.kill()
+        if isinstance(shared := getattr(writer, "metadata_sm", None), SharedMemory):
+            shared.close()
+            shared.unlink()
+        raise
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def page_size(max_resolution):
@@ -77,14 +128,17 @@ def page_size(max_resolution):
 
 def write(cfg):
     dataset = open_dataset(cfg)
-    images = Readable(dataset, len(dataset) if cfg.subset < 0 else min(cfg.subset, len(dataset)))
+    images = Readable(dataset, len(dataset) if cfg.subset < 0 else min(cfg.subset, len(dataset)), cfg.max_resolution)
+    if not len(images):
+        raise InputError("--cfg.subset=0: no image to write")
     compress = {} if cfg.compress_probability is None else {"compress_probability": cfg.compress_probability}
     image = RGBImageField(write_mode=cfg.write_mode, max_resolution=cfg.max_resolution,
                           jpeg_quality=cfg.jpeg_quality, **compress)
     with replacing(cfg.write_path) as path:
         writer = DatasetWriter(str(path), {"image": image, "label": IntField()}, num_workers=cfg.num_workers,
                                page_size=page_size(cfg.max_resolution))
-        writer.from_indexed_dataset(images, chunksize=cfg.chunk_size)
+        with supervised(writer, cfg.write_path):
+            writer.from_indexed_dataset(images, chunksize=cfg.chunk_size)
         if images.unreadable.value:
             raise InputError(f"--cfg.data_dir={cfg.data_dir}: {images.unreadable.value} of {len(images)} images "
                              "cannot be read (named above); nothing written")
@@ -93,7 +147,6 @@ def write(cfg):
 
 def main():
     cfg = read_settings(CONFIG, __doc__).cfg
-    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # Ctrl-C: no tracebacks
     write(cfg)
 
 

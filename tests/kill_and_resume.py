@@ -50,18 +50,29 @@ def make_data(folder, n=24):
     return folder / "data.ffcv"
 
 
-def kill_at_random(words, folder, rng, within):
-    """Start a run, kill it some time after its first step -> what it was doing: saving, between saves, or finished."""
-    process = start(words)
-    while process.poll() is None and not list(folder.glob("checkpoint*.pt")):
-        time.sleep(0.01)
-    time.sleep(rng.uniform(0, within))
+def kill_at_random(words, folder, rng):
+    """Start a run, kill it between two of its saves or in one -> what it was doing: saving, training, or finished."""
+    process, saves = start(words), [(None, time.monotonic())]
+    wanted = rng.randrange(1, 8)
+    while process.poll() is None and len(saves) <= wanted:
+        if (stamp := written(folder / "checkpoint.pt")) != saves[-1][0]:
+            saves.append((stamp, time.monotonic()))
+        time.sleep(0.002)
+    between = saves[-1][1] - saves[-2][1] if len(saves) > 2 else 0.5
+    time.sleep(rng.uniform(0, between))
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stderr.close()
     if (folder / "final_weights.pt").exists():
         return "finished"
     return "saving" if list(folder.glob(".checkpoint*")) else "training"
+
+
+def written(path):
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def weights(folder):
@@ -78,14 +89,13 @@ def main(runs, seed=0):
     with tempfile.TemporaryDirectory() as name:
         logs = Path(name)
         ffcv = make_data(logs)
-        begin = time.time()
         finish(command(ffcv, logs, "uninterrupted"))
-        expected, within = weights(logs / "uninterrupted"), (time.time() - begin) / 4
+        expected = weights(logs / "uninterrupted")
         for run in range(runs):
             folder = logs / f"run{run}"
             moments = []
             while not moments or (moments[-1] != "finished" and len(moments) < 2):      # each run is killed up to twice
-                moments.append(kill_at_random(command(ffcv, logs, folder.name), folder, rng, within))
+                moments.append(kill_at_random(command(ffcv, logs, folder.name), folder, rng))
             if moments[-1] != "finished":
                 finish([sys.executable, "train_imagenet.py", f"--training.resume={folder}"])
             equal = same(weights(folder), expected)

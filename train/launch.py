@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=2 train_imagenet.py ...   torchrun starts them; its environment wins
 """
 import os
+import re
 import signal
 import socket
 import sys
@@ -104,7 +105,12 @@ def spawn(worker, settings, *args):
 
 
 def run_spawned(*args):
-    command_line(lambda: run_worker(*args))
+    try:
+        command_line(lambda: run_worker(*args))
+    except RuntimeError as error:
+        if not re.search("(closed|reset) by peer", str(error)):
+            raise
+        sys.exit(1)      # the process that ended first has said why
 
 
 def run_worker(local_rank, worker, settings, *args):

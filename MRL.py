@@ -382,7 +382,7 @@ def read_state_dict(path):
                          "save model.state_dict() instead") from None
     except Exception as error:
         raise InputError(f"{path}: not a PyTorch checkpoint, or truncated "
-                         f"({str(error).splitlines()[0] if str(error) else type(error).__name__})") from None
+                         f"({reason(error)})") from None
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -494,11 +494,12 @@ def write_json(path, content):
 def read_array(path, mode="r"):
     """-> the array of an .npy file, memory-mapped. Pickled objects are refused."""
     try:
-        return np.lib.format.open_memmap(path, mode)
+        array = np.lib.format.open_memmap(path, "r")          # "r+" would lengthen a file that was cut off
+        return array if mode == "r" else np.lib.format.open_memmap(path, mode)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a complete .npy file of numbers ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path}: not a complete .npy file of numbers ({reason(error)})") from None
 
 
 def allocate(path, shape, dtype):
@@ -567,3 +568,8 @@ def what_stops(main):
         return f"not enough memory: {error}"
     except KeyboardInterrupt:
         return "interrupted"
+
+
+def reason(error):
+    """-> what an exception says, in one line."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

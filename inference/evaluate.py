@@ -7,7 +7,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from MRL import InputError, autocast, count, stack_logits
+from MRL import InputError, autocast, count, reason, stack_logits
 
 
 def device_named(name):
@@ -15,7 +15,7 @@ def device_named(name):
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"--device {name}: {reason(error)}") from None
     return torch.device(name)
 
 

@@ -68,10 +68,10 @@ def begin(files, about, n, overwrite):
             print(f"{files.X}: {says}")
             return
     files.plan.unlink(missing_ok=True)
-    files.about.unlink(missing_ok=True)
     files.rows.parent.mkdir(parents=True, exist_ok=True)
     allocate(files.rows, (n, about["dim"]), about["dtype"])
     allocate(files.state, (n,), np.uint8)
+    files.about.unlink(missing_ok=True)                # what it describes is kept until there is room for the new
     write_json(files.plan, about)
 
 

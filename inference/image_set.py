@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from MRL import MEAN, STD, InputError
+from MRL import MEAN, STD, InputError, reason
 
 
 class ImageSet(Dataset):
@@ -61,7 +61,7 @@ class ImageSet(Dataset):
         try:
             read_rgb(self.path(i))
         except Exception as error:
-            return f"{self.path(i)} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            return f"{self.path(i)} ({reason(error)})"
         return f"{self.path(i)} (readable now)"
 
 

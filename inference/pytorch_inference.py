@@ -201,8 +201,17 @@ def processes():
     return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
 
 
+def check_flags(args):
+    """InputError for a flag that would do nothing."""
+    idle = ("tta", *(f"save_{what}" for what in SAVED)) if args.retrieval else ("random_sample_dim",)
+    for flag in idle:
+        if getattr(args, flag):
+            raise InputError(f"--{flag} has no meaning {'with' if args.retrieval else 'without'} --retrieval")
+
+
 def main():
     args = arguments()
+    check_flags(args)
     if processes() > 1 and not args.retrieval:
         raise InputError("torchrun splits the images for --retrieval only; classification runs in one process")
     (retrieve if args.retrieval else classify)(args, start_device(args))

@@ -18,7 +18,7 @@ from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from MRL import MEAN, STD, InputError, stack_logits
+from MRL import MEAN, STD, InputError, reason, stack_logits
 
 BATCH = 16
 
@@ -116,7 +116,7 @@ def picture(path, resize=256, crop=224):
         with Image.open(path) as image:
             return see(image.convert("RGB"))
     except OSError as error:
-        raise InputError(f"{path}: not a readable image ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path}: not a readable image ({reason(error)})") from None
 
 
 def normalise(image):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from MRL import InputError, exact_labels, read_json
+from MRL import InputError, exact_labels, read_json, reason
 
 # The first is what this repository writes (the original's script left `_ff=` out and some of its notebooks wrote 1 for
 # True); the second is what the original's oracle, superclass and Grad-CAM notebooks ask for: sh (single head) is MRL-E.
@@ -125,8 +125,7 @@ def load(path, dims):
         tensor = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         array = tensor.numpy()
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a saved tensor, or truncated ({reason})") from None
+        raise InputError(f"{path}: not a saved tensor, or truncated ({reason(error)})") from None
     if dims > 1 and array.ndim == dims - 1:                 # the original's fixed-feature files have no axis for sizes
         array = array[None]
     if dims == 1 and array.ndim == 2 and array.shape[1] == 1:

@@ -29,6 +29,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import checkpoint
+import features
 import numpy as np
 import pytest
 import retrieval_world
@@ -193,6 +194,17 @@ def nan_weights(place):
     return {k: v * torch.nan if k == "conv1.0.weight" else v for k, v in state.items()}
 
 
+def saved_partial(place):
+    """out: the embeddings of a run that was interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "finish", interrupt)
+        assert run(INFER + " --retrieval", place)[0] == 130
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def pictures(**sizes):
     """tree/a/*.png of these sizes, and one good picture."""
     def spoil(place):
@@ -306,6 +318,7 @@ TABLE = [
     Row("an unknown flag", TRAIN + " --model.mlr=1", "--model.mlr=1"),
     Row("an unknown network", TRAIN + " --model.arch=resnet5O", "'resnet5O'"),
     Row("sizes of letters", TRAIN + " --model.nesting_list=8,x", "--model.nesting_list=8,x"),
+    Row("sizes without a nested model", TRAIN + " --model.mrl=0 --model.nesting_list=8,16", "--model.nesting_list"),
     Row("sizes that fall", TRAIN + " --model.nesting_list=16,8", r"nesting_list .*\[16, 8\]"),
     Row("an endless power of two", TRAIN + " --model.nesting_start=1000000000", "nesting_start=1000000000"),
     Row("a billion classes", TRAIN + " --model.num_classes=1000000000 --logging.name=run", "not enough memory",
@@ -364,10 +377,13 @@ TABLE = [
           ("a head that is a number", {"model": {"arch": NET, "head": 7, "num_classes": 10}}, r"params\.json"),
           ("a billion classes", {"model": {"arch": NET, "head": "ff8", "num_classes": 10 ** 9}}, r"does not fit"))),
     Row("flags that contradict the run", INFER + " --rep_size 16", "head=ff16 was asked for"),
+    Row("a flag that would do nothing", INFER + " --retrieval --tta", "--tta .* with --retrieval"),
     Row("an unknown set", INFER + " --dataset imagenet", "--dataset imagenet"),
     Row("no data", INFER + " --data_root {here}/nothing", "/nothing/val"),
     Row("an empty class folder", INFER + " --data_root {here}/data", "1 class folder.* hold no images: 3",
         copied("data", lambda data: shutil.rmtree(data / "val/3") or (data / "val/3").mkdir())),
+    Row("other classes in train", INFER + " --retrieval --data_root {here}/data", "different class folders: 3, cat",
+        copied("data", lambda data: (data / "train/3").rename(data / "train/cat"))),
     Row("an empty image", INFER + " --data_root {here}/data", r"3_0\.JPEG",
         copied("data", lambda data: (data / "val/3/3_0.JPEG").write_bytes(b"")), leaves=("out",)),
     Row("a million workers", INFER + " --workers 1000000", "--workers: 1000000"),
@@ -383,6 +399,9 @@ TABLE = [
         leaves=("out", "out/*_accuracy_*.json")),
     Row("disk full for the embeddings", INFER + " --retrieval", r"X\.partial\.npy.*GB are needed", file_limit=10_000,
         leaves=("out",)),
+
+    Row("half of what an interrupted run left", INFER + " --retrieval", r"X\.partial\.npy",
+        both(saved_partial, lambda place: cut(place.here / "out/1K_val_mrl1_e0_ff1024-X.partial.npy"))),
 
     # -- baselines
     Row("an unknown command", "inference/baselines.py kmeans " + BASE, "kmeans"),

@@ -165,7 +165,7 @@ def test_class_beyond_the_models(folder, arrays):
 
 def test_labels_that_are_no_classes(folder):
     save(folder, "gt_dataset=V1", np.full(N, 0.5))
-    assert "other numbers than class indices" in refusal(folder, "softmax", "mrl", "V1", True)
+    assert "labels must be whole numbers" in refusal(folder, "softmax", "mrl", "V1", True)
 
 
 @pytest.mark.parametrize("shape", [(N,), (2, 2, N, C), (G, 0, C)])

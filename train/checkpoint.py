@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from MRL import InputError, read_json, replacing
+from MRL import InputError, read_json, reason, replacing
 
 FORMAT = "MRL training checkpoint 1"
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint_previous.pt"
@@ -112,7 +112,7 @@ def read(path):
             damaged = archive.testzip()
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InputError(f"{path}: truncated or no checkpoint ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path}: truncated or no checkpoint ({reason(error)})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path}: damaged, or not a training checkpoint of this repository")
     return state

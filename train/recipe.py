@@ -11,6 +11,7 @@ from MRL import (
     default_nesting_list,
     load_exactly,
     read_state_dict,
+    reason,
 )
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
@@ -33,7 +34,9 @@ def model_spec(settings):
     if nested and m.fixed_feature not in (None, width):
         raise InputError(f"--model.fixed_feature={m.fixed_feature}: a nested model (--model.mrl, --model.efficient) "
                          f"reads all {width} features; leave it out")
-    sizes = numbers(m.nesting_list, int, "model.nesting_list") if nested else None
+    sizes = numbers(m.nesting_list, int, "model.nesting_list")
+    if sizes and not nested:
+        raise InputError("--model.nesting_list: of a nested model; give --model.mrl=1 or --model.efficient=1 too")
     head = "mrl_e" if m.efficient else "mrl" if m.mrl else f"ff{m.fixed_feature or width}"
     if nested and sizes is None:
         sizes = default_nesting_list(width, m.nesting_start)
@@ -56,7 +59,7 @@ def check_resolutions(settings, spec):
                 model(torch.empty(1, 3, pixels, pixels))
             except (AssertionError, RuntimeError, ValueError) as error:
                 raise InputError(f"--{flag}={pixels}: {spec['arch']} does not take images of this size: "
-                                 f"{str(error).splitlines()[0]}") from None
+                                 f"{reason(error)}") from None
 
 
 def relative_importance(settings):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import yaml
 from fastargs.exceptions import MissingValueError
 
-from MRL import InputError
+from MRL import InputError, reason
 
 
 def read_settings(config, description, defaults=None):
@@ -44,7 +44,7 @@ def check_keys(path, config):
     try:
         content = yaml.safe_load(Path(path).read_text())
     except (yaml.YAMLError, ValueError, RecursionError) as error:      # ValueError: not UTF-8; no such date
-        raise InputError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path}: not YAML ({reason(error)})") from None
     if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
         raise InputError(f"{path}: expected sections of keys, as in rn50_configs/rn50_40_epochs.yaml")
     unknown = [f"{section}.{key}" for section in content for key in content[section]

@@ -13,7 +13,7 @@ from recipe import make_criterion, make_model, make_optimizer, train_mode
 from torch import nn
 from tqdm import tqdm
 
-from MRL import InputError, replacing, stack_logits
+from MRL import InputError, reason, replacing, stack_logits
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)      # ImageNet's, of pixels 0..255
 
@@ -61,7 +61,7 @@ class Trainer:
             self.load(state)
         except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"{self.folder / checkpoint.CURRENT}: is not of this run "
-                             f"({str(error).splitlines()[0]})") from None
+                             f"({reason(error)})") from None
 
     def load(self, state):
         self.model.load_state_dict(state["model"])

@@ -24,7 +24,7 @@ from settings import read_settings
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, ImageFolder
 
-from MRL import InputError, command_line, replacing
+from MRL import InputError, command_line, reason, replacing
 
 CONFIG = Config()
 Section("cfg", "what to write", CONFIG).params(
@@ -49,7 +49,7 @@ def open_dataset(cfg):
             return CIFAR10(cfg.data_dir, train=cfg.split == "train")
         return ImageFolder(cfg.data_dir)
     except (RuntimeError, FileNotFoundError) as error:
-        raise InputError(f"--cfg.data_dir={cfg.data_dir}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"--cfg.data_dir={cfg.data_dir}: {reason(error)}") from None
 
 
 class Readable(Dataset):

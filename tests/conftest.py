@@ -1,6 +1,7 @@
 """What several test files share: the repository's root, the golden numbers, and running a command as a user would."""
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+# For commands in processes of their own; the exceptions are those of pyproject.toml.
+WARNINGS = "error,ignore:The distutils package is deprecated:DeprecationWarning"
 
 
 @pytest.fixture(scope="session")
@@ -76,8 +79,16 @@ def ffcv_folder(image_tree, tmp_path_factory):
 
 
 def with_python(**variables):
-    """The environment, with this Python first on the path: shell scripts call `python`."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **variables}
+    """The environment, with this Python first on the path (shell scripts call `python`), warnings as errors."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONWARNINGS": WARNINGS, **variables}
+
+
+def free_port():
+    """-> a port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
 
 
 def fill(state_dict, seed):

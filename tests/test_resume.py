@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import collectives
 import kill_and_resume
-import launch
 import pytest
 import torch
 import train_imagenet
@@ -23,7 +23,7 @@ def ffcv(tmp_path_factory):
 
 
 @pytest.fixture
-def train(ffcv, tmp_path, monkeypatch, capsys):
+def train(ffcv, tmp_path, monkeypatch):
     """train(name, *flags) runs train_imagenet.main in this process -> its run folder."""
     def start(name, *flags):
         words = kill_and_resume.command(ffcv, tmp_path, name, "--training.epochs=2", *flags)
@@ -37,7 +37,7 @@ def train(ffcv, tmp_path, monkeypatch, capsys):
 def stop_after(monkeypatch, steps):
     """The next run is asked to stop after so many steps."""
     left = iter(range(steps - 1, -1, -1))
-    monkeypatch.setattr(launch.StopRequest, "asked", lambda self: 0 if next(left) else int(signal.SIGTERM))
+    monkeypatch.setattr(collectives.StopRequest, "asked", lambda self: 0 if next(left) else int(signal.SIGTERM))
 
 
 def log(folder):

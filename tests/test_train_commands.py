@@ -1,11 +1,11 @@
 """The README's training commands, as a user runs them: with the data, device and lengths of a test."""
 import json
 import re
-import socket
 
 import numpy as np
 import pytest
 import torch
+from conftest import free_port
 from torch.utils.data import DistributedSampler
 
 import MRL
@@ -17,12 +17,6 @@ ORIGINAL = """train_imagenet.py --config-file rn50_configs/rn50_40_epochs.yaml {
 SMALL = """--training.device=cpu --model.num_classes=3 --training.batch_size=8 --training.epochs=1 --lr.lr=0.01
     --resolution.min_res=32 --resolution.max_res=32 --validation.resolution=32"""
 MODELS = {"ff": "--model.fixed_feature=2048", "mrl": "--model.mrl=1", "mrl_e": "--model.efficient=1"}
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 def command(model, folder, ffcv_folder, *changes):
@@ -74,10 +68,9 @@ def test_the_readmes_commands(trained, kind, processes):
 
 def test_two_processes_equal_one_that_accumulates(trained, ffcv_folder):
     """Each half-batch is normalised by its own statistics; the gradients of both are averaged."""
-    from loaders import normalise, train_loader
+    from loaders import normalise, pixel_statistics, train_loader
     from recipe import make_optimizer
     from schedules import iteration_rates
-    from trainer import MEAN, STD
     _, folder = trained("mrl", 2)
     s = json.loads((folder / "params.json").read_text(), object_hook=lambda d: type("S", (), d))
     torch.manual_seed(0)
@@ -93,7 +86,7 @@ def test_two_processes_equal_one_that_accumulates(trained, ffcv_folder):
         optimizer.zero_grad()
         for rank, (images, labels) in enumerate(batches):
             statistics = [b.clone() for b in model.buffers()]
-            loss = criterion(model(normalise(images, torch.tensor(MEAN), torch.tensor(STD))), labels.flatten())
+            loss = criterion(model(normalise(images, *pixel_statistics("cpu"))), labels.flatten())
             (loss / 2).backward()
             if rank:      # only the first process's running statistics are kept
                 for buffer, before in zip(model.buffers(), statistics, strict=True):

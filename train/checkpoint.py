@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from MRL import InputError, read_json, reason, replacing
+from MRL import InputError, read_json, reason, replacing, write_json
 
 FORMAT = "MRL training checkpoint 1"
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint_previous.pt"
@@ -29,11 +29,6 @@ def write_params(folder, settings, spec):
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
     write_json(folder / "params.json", {"model": spec, "settings": settings, "versions": versions,
                                         "git": git_revision(), "command": " ".join(sys.argv)})
-
-
-def write_json(path, content):
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def git_revision():

@@ -1,4 +1,4 @@
-"""One process or many: start them, say who each is, let them agree to stop. Used by train_imagenet.py.
+"""One process or many: start them, and say who each is. Used by train_imagenet.py.
 
     --training.distributed=1 --dist.world_size=2        this script starts the processes, as the original
     torchrun --nproc_per_node=2 train_imagenet.py ...   torchrun starts them; its environment wins
@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import sys
-import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +93,7 @@ def spawn(worker, settings, *args):
                       WORLD_SIZE=str(world_size(settings)))
     context = mp.start_processes(run_spawned, (worker, settings, *args), nprocs=world_size(settings),
                                  join=False, start_method="spawn")
-    # The processes stop by themselves when asked to (see StopRequest); this one passes the word on and waits.
+    # The processes stop by themselves when asked to (collectives.StopRequest); this one passes the word on and waits.
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda s, _: [os.kill(p.pid, signal.SIGTERM) for p in context.processes if p.is_alive()])
     try:
@@ -138,81 +137,3 @@ def meeting_place(rank, size):
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     return store
-
-
-class StopRequest:
-    """Turns SIGTERM and Ctrl-C into a question that all processes answer alike: shall we stop after this step?
-
-    A second signal ends the process at once.
-    """
-
-    def __init__(self, process):
-        self.alone, self.signum = process.alone, 0
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self.note)
-
-    def note(self, signum, _):
-        self.signum = signum
-        signal.signal(signum, signal.SIG_DFL)
-
-    def asked(self):
-        """-> the signal's number, 0 if there was none. Every process must call it after the same steps."""
-        if self.alone:
-            return self.signum
-        signum = torch.tensor(self.signum)
-        dist.all_reduce(signum, dist.ReduceOp.MAX)
-        return int(signum)
-
-
-def total(process, *tensors):
-    """Each tensor summed over all processes."""
-    if not process.alone:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-    return tensors
-
-
-def gather(process, item):
-    """-> list of every process's item (plain objects), in each process."""
-    if process.alone:
-        return [item]
-    items = [None] * process.world_size
-    dist.all_gather_object(items, item)
-    return items
-
-
-def share(process, item):
-    """-> the first process's item (plain objects and CPU tensors), in every process."""
-    if process.alone:
-        return item
-    items = [item]
-    dist.broadcast_object_list(items, 0, device=torch.device("cpu"))
-    return items[0]
-
-
-def share_buffers(process, model):
-    """The first process's running statistics for all, so that they validate the same model."""
-    if not process.alone:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-
-
-class Clock:
-    """Moments on the device's own time line: CUDA events (no waiting for the GPU) or the host's clock."""
-
-    def __init__(self, device):
-        self.cuda = device.type == "cuda"
-
-    def now(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, start, end):
-        """Between two moments; on a GPU this waits for the later one."""
-        if not self.cuda:
-            return end - start
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3

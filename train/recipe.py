@@ -5,10 +5,12 @@ from torch import nn
 from MRL import (
     InputError,
     Matryoshka_CE_Loss,
+    build_from_spec,
     build_model,
     check_relative_importance,
     classifier,
     default_nesting_list,
+    feature_width,
     load_exactly,
     read_state_dict,
     reason,
@@ -28,8 +30,7 @@ def numbers(text, kind, flag):
 def model_spec(settings):
     """-> build_model's arguments, checked against each other."""
     m = settings.model
-    with torch.device("meta"):      # costs nothing: only the shapes are needed
-        width = build_model(m.arch, "ff1").spec["feature_dim"]
+    width = feature_width(m.arch)
     nested = m.mrl or m.efficient
     if nested and m.fixed_feature not in (None, width):
         raise InputError(f"--model.fixed_feature={m.fixed_feature}: a nested model (--model.mrl, --model.efficient) "
@@ -53,7 +54,7 @@ def check_resolutions(settings, spec):
     sizes = {"resolution.min_res": settings.resolution.min_res, "resolution.max_res": settings.resolution.max_res,
              "validation.resolution": settings.validation.resolution}
     with torch.device("meta"):
-        model = build_model(**{k: v for k, v in spec.items() if k != "feature_dim"}).eval()
+        model = build_from_spec(spec).eval()
         for flag, pixels in sizes.items():
             try:
                 model(torch.empty(1, 3, pixels, pixels))
@@ -68,8 +69,7 @@ def relative_importance(settings):
 
 
 def make_model(settings, spec, device):
-    arguments = {k: v for k, v in spec.items() if k != "feature_dim"}
-    model = build_model(**arguments, pretrained=bool(settings.model.pretrained))
+    model = build_from_spec(spec, pretrained=bool(settings.model.pretrained))
     if settings.model.init_from:
         load_backbone(model, settings.model.init_from)
     if settings.training.path:

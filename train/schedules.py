@@ -1,4 +1,4 @@
-"""Learning rate and image resolution as pure functions of the epoch; train_imagenet.py reads them."""
+"""Learning rate and image resolution as pure functions of the epoch. Used by trainer.py."""
 import numpy as np
 
 

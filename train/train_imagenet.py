@@ -14,10 +14,12 @@ import uuid
 from pathlib import Path
 
 import checkpoint
+import collectives
 import launch
 from fastargs import Config, Param, Section
 from fastargs.validation import And, InRange, OneOf
-from loaders import check_file, train_loader, val_loader
+from ffcv_files import check_file
+from loaders import train_loader, val_loader
 from recipe import check_resolutions, make_model, model_spec
 from settings import as_dict, looked_up, read_settings
 from trainer import Trainer
@@ -101,22 +103,25 @@ Section("dist", "processes started by this script; under torchrun its environmen
 def worker(process, settings, spec, folder, state):
     """What every process does; `state` is the checkpoint to go on from, if there is one."""
     d, v, device = settings.data, settings.validation, process.device
-    stop = launch.StopRequest(process)
+    stop = collectives.StopRequest(process)
     trainer = Trainer(process, settings, spec, folder)
     val = val_loader(d.val_dataset, v.batch_size, d.num_workers, v.resolution, device, process.rank, process.world_size)
     if settings.training.eval_only:
-        record = {"epoch": -1, "timestamp": time.time(), **trainer.validate(val)}
-        if process.first:
-            checkpoint.append_log(folder, record)
-            print("\n".join(f"{k}: {x:.4f}" for k, x in record.items() if k.startswith(("top", "val_loss"))))
-        return
-    if state := launch.share(process, state):
+        return validate_only(trainer, val)
+    if state := collectives.share(process, state):
         trainer.restore(state)
     if process.first:
         checkpoint.forget_after(folder, trainer.epoch)
     train = train_loader(d.train_dataset, settings.training.batch_size, d.num_workers, d.in_memory,
                          settings.resolution.min_res, settings.training.seed, device, not process.alone)
     trainer.run(train, val, stop)
+
+
+def validate_only(trainer, val):
+    record = {"epoch": -1, "timestamp": time.time(), **trainer.validate(val)}
+    if trainer.process.first:
+        checkpoint.append_log(trainer.folder, record)
+        print("\n".join(f"{k}: {x:.4f}" for k, x in record.items() if k.startswith(("top", "val_loss"))))
 
 
 def run_folder(settings):

@@ -1,0 +1,64 @@
+"""What the processes of a run settle together: when to stop, sums, and whose word counts. Used by trainer.py.
+
+Each function takes the launch.Process it runs in, and does nothing but return where that one is alone.
+"""
+import signal
+
+import torch
+import torch.distributed as dist
+
+
+class StopRequest:
+    """Turns SIGTERM and Ctrl-C into a question that all processes answer alike: shall we stop after this step?
+
+    A second signal ends the process at once.
+    """
+
+    def __init__(self, process):
+        self.alone, self.signum = process.alone, 0
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self.note)
+
+    def note(self, signum, _):
+        self.signum = signum
+        signal.signal(signum, signal.SIG_DFL)
+
+    def asked(self):
+        """-> the signal's number, 0 if there was none. Every process must call it after the same steps."""
+        if self.alone:
+            return self.signum
+        signum = torch.tensor(self.signum)
+        dist.all_reduce(signum, dist.ReduceOp.MAX)
+        return int(signum)
+
+
+def total(process, tensor):
+    """-> the tensor, summed over all processes in place."""
+    if not process.alone:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(process, item):
+    """-> list of every process's item (plain objects), in each process."""
+    if process.alone:
+        return [item]
+    items = [None] * process.world_size
+    dist.all_gather_object(items, item)
+    return items
+
+
+def share(process, item):
+    """-> the first process's item (plain objects and CPU tensors), in every process."""
+    if process.alone:
+        return item
+    items = [item]
+    dist.broadcast_object_list(items, 0, device=torch.device("cpu"))
+    return items[0]
+
+
+def share_buffers(process, model):
+    """The first process's running statistics for all, so that they validate the same model."""
+    if not process.alone:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)

@@ -1,0 +1,35 @@
+"""FFCV 1.0.2 imported without its side effects. Used by loaders.py and seeded_crop.py, before anything else of FFCV."""
+import numba
+import numpy as np
+import torch
+
+threads = torch.get_num_threads()
+from ffcv.memory_managers import OSCacheManager  # noqa: E402
+from ffcv.pipeline.compiler import Compiler  # noqa: E402
+
+torch.set_num_threads(threads)      # importing FFCV sets it to 1
+
+
+def set_num_threads(cls, number):
+    """FFCV's own also sets PyTorch's threads, in the middle of training and for the whole process."""
+    cls.num_threads = number
+    numba.set_num_threads(number)
+
+
+def compile_reader(self):
+    """-> FFCV's way to read a stored image: the bytes at an address of the memory map.
+
+    FFCV's own makes numba's shared type uint8[::1] read-only in place, which breaks the tables of functions compiled
+    before and ends in tracebacks from their finalisers.
+    """
+    mapped, table = numba.types.Array(numba.uint8, 1, "C", readonly=True), numba.uint64[::1]
+
+    def read(address, state):
+        size = state[2][np.searchsorted(state[1], address)]
+        return state[0][address:address + size]
+
+    return Compiler.compile(read, mapped(numba.uint64, numba.types.Tuple([mapped, table, table])))
+
+
+Compiler.set_num_threads = classmethod(set_num_threads)
+OSCacheManager.compile_reader = compile_reader

@@ -565,7 +565,7 @@ def what_stops(main):
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "allocate" not in str(error):    # PyTorch's MemoryError
             raise
-        return f"not enough memory: {error}"
+        return f"not enough memory; smaller batches or images, or fewer classes, need less ({reason(error)})"
     except KeyboardInterrupt:
         return "interrupted"
 

@@ -3,6 +3,7 @@ and features.py.
 """
 import hashlib
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,13 @@ def make_loader(images, batch_size, workers, pin_memory=False, batches=None):
     total = len(images)
     numbers = range(-(-total // batch_size)) if batches is None else batches
     rows = [range(b * batch_size, min((b + 1) * batch_size, total)) for b in numbers]
-    return DataLoader(images, batch_sampler=rows, num_workers=workers, pin_memory=pin_memory)
+    return DataLoader(images, batch_sampler=rows, num_workers=workers, pin_memory=pin_memory,
+                      worker_init_fn=leave_interrupts_to_the_first)
+
+
+def leave_interrupts_to_the_first(_):
+    """Ctrl-C reaches all processes; the first one ends the workers, which would else fail in what they are at."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def some(names):

@@ -9,7 +9,6 @@ that start processes of their own, or are interrupted, run as a user's would.
 import gzip
 import io
 import json
-import multiprocessing
 import os
 import re
 import resource
@@ -37,7 +36,7 @@ import retrieval_world
 import settings
 import torch
 import train_imagenet
-from conftest import ROOT
+from conftest import ROOT, with_python
 from ffcv.types import FieldDescType, HeaderType
 from image_trees import make_run, make_tree
 from PIL import Image
@@ -671,20 +670,27 @@ def test_interrupted_work_leaves_no_half_file_and_no_process(command, begun, sig
     """Ctrl-C reaches all processes of a command, `kill` the first one only."""
     place.many = many_slow_images(place.here.parent)
     before, stderr = contents(place), place.here.parent / "stderr"
-    process = multiprocessing.get_context("fork").Process(target=run_in_a_group, args=(command, place))
-    process.start()
-    wait_for(lambda: (stderr.exists() and re.search(begun, stderr.read_text())) or not process.is_alive())
-    os.kill(process.pid if signum == signal.SIGTERM else -process.pid, signum)
-    process.join(120)
-    assert process.exitcode == 128 + signum, stderr.read_text()
-    wait_for(lambda: no_process_in_group(process.pid))
+    process = start(command, place, stderr)
+    try:
+        wait_for(lambda: re.search(begun, stderr.read_text()) or process.poll() is not None)
+        os.kill(process.pid if signum == signal.SIGTERM else -process.pid, signum)
+        assert process.wait(120) == 128 + signum, stderr.read_text()
+        wait_for(lambda: no_process_in_group(process.pid))
+    finally:
+        if not no_process_in_group(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     assert not re.search("Traceback|Warning|leaked", stderr.read_text())
     assert contents(place) == before
 
 
-def run_in_a_group(command, place):
-    os.setsid()
-    sys.exit(run(command, place)[0])
+def start(command, place, stderr):
+    """A process of its own, and the first of its group. Not a fork of this one: its PyTorch has threads, which a fork
+    loses and then waits for."""
+    script, *words = fill(command, place)
+    with open(stderr, "w") as file:
+        return subprocess.Popen([sys.executable, Path(script).name, *words], cwd=(ROOT / script).parent, stderr=file,
+                                stdout=subprocess.DEVNULL, env=with_python(), start_new_session=True)
 
 
 def many_slow_images(root):

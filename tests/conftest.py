@@ -1,6 +1,7 @@
 """What several test files share: the repository's root, the golden numbers, and running a command as a user would."""
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,11 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 # For commands in processes of their own; the exceptions are those of pyproject.toml.
 WARNINGS = "error,ignore:The distutils package is deprecated:DeprecationWarning"
+
+
+def pytest_configure():
+    """A shell makes what it starts in the background deaf to Ctrl-C, and so what that starts: the tests send it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

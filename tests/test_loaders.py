@@ -5,7 +5,10 @@ import loaders
 import numpy as np
 import pytest
 import torch
+from ffcv.fields.rgb_image import IMAGE_MODES
+from ffcv.reader import Reader
 from seeded_crop import SeededCrop
+from torchvision.transforms.functional import resize
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,24 @@ def test_an_epoch_can_go_on_from_any_batch(train_file):
 def test_pixels_belong_to_the_image_not_to_its_place(train_file):
     forward, backward = (batches(train_file, 0, indices=order) for order in (np.arange(8), np.arange(8)[::-1].copy()))
     assert torch.equal(forward[0][0], backward[0][0].flip(0)) and torch.equal(forward[0][1], backward[0][1].flip(0))
+
+
+def test_crops_can_be_gentle(train_file):
+    """The whole of each image, not mirrored: what a resize of the file's own pixels gives."""
+    gentle, usual = (batches(train_file, 0, indices=np.arange(8), **crop)[0][0].float()
+                     for crop in ({"scale": 1, "flip": False}, {}))
+    reader = Reader(str(train_file))
+    raw = [i for i in range(8) if reader.metadata["f0"]["mode"][i] == IMAGE_MODES["raw"]]
+    assert raw
+    for i in raw:
+        record = reader.metadata["f0"][i]
+        height, width = int(record["height"]), int(record["width"])
+        stored = np.memmap(train_file, np.uint8, "r", int(record["data_ptr"]), (height, width, 3))
+        side = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+        top, left = (height - side[0]) // 2, (width - side[1]) // 2
+        crop = torch.from_numpy(stored[top:top + side[0], left:left + side[1]].copy()).permute(2, 0, 1)[None]
+        expected = resize(crop, [32, 32], antialias=True)[0].permute(1, 2, 0).float()
+        assert (gentle[i] - expected).abs().mean() < 12 < (usual[i] - expected).abs().mean()
 
 
 def test_the_resolution_changes(train_file):

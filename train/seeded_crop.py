@@ -10,7 +10,7 @@ from ffcv.fields.rgb_image import IMAGE_MODES, ResizedCropRGBImageDecoder
 from ffcv.libffcv import imdecode, resize_crop
 from ffcv.pipeline.compiler import Compiler
 
-SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)      # of a crop's area to the image's; of its width to its height
+SCALE, RATIO = 0.08, (3 / 4, 4 / 3)             # least area of a crop, the image's being 1; of its width to its height
 ATTEMPTS = 10                                   # to fit a crop into the image; each uses four draws of the key
 FLIP = 4 * ATTEMPTS                             # the number of the draw that decides on the flip
 
@@ -45,10 +45,10 @@ def uniform(key, draw, low, high):
 
 
 @numba.njit
-def random_crop(key, height, width):
+def random_crop(key, height, width, scale=SCALE):
     """-> top, left, height, width: area and log aspect ratio uniform, as torchvision and FFCV draw them."""
     for attempt in range(ATTEMPTS):
-        area = height * width * uniform(key, 4 * attempt, SCALE[0], SCALE[1])
+        area = height * width * uniform(key, 4 * attempt, scale, 1.0)
         aspect = np.exp(uniform(key, 4 * attempt + 1, np.log(RATIO[0]), np.log(RATIO[1])))
         w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
@@ -71,11 +71,19 @@ def mirror(image):
 
 
 class SeededCrop(ResizedCropRGBImageDecoder):
-    """Random resized crop and flip of an image, drawn from the key in its metadata."""
+    """Random resized crop and flip of an image, drawn from the key in its metadata.
 
-    scale, ratio, get_crop_generator = SCALE, RATIO, None      # asked for by the base class, unused here
+    output_size: (height, width). scale: least share of the image's area. flip: mirror with chance 1/2.
+    """
+
+    ratio, get_crop_generator = RATIO, None      # asked for by the base class, unused here
+
+    def __init__(self, output_size, scale=SCALE, flip=True):
+        super().__init__(output_size)
+        self.scale, self.flip_below = float(scale), 0.5 if flip else 0.0
 
     def generate_code(self):
+        scale, flip_below = self.scale, self.flip_below
         read, jpg, images = self.memory_read, IMAGE_MODES["jpg"], Compiler.get_iterator()
         decode_jpeg, resize = Compiler.compile(imdecode), Compiler.compile(resize_crop)
 
@@ -88,9 +96,9 @@ class SeededCrop(ResizedCropRGBImageDecoder):
                 if record["mode"] == jpg:
                     decode_jpeg(stored, scratch[b], height, width, height, width, 0, 0, 1, 1, False, False)
                     stored = scratch[b][:height * width * 3]
-                top, left, h, w = random_crop(record["key"], height, width)
+                top, left, h, w = random_crop(record["key"], height, width, scale)
                 resize(stored.reshape(height, width, 3), top, top + h, left, left + w, batch[b])
-                if uniform(record["key"], FLIP, 0.0, 1.0) < 0.5:
+                if uniform(record["key"], FLIP, 0.0, 1.0) < flip_below:
                     mirror(batch[b])
             return batch[:len(batch_indices)]
 

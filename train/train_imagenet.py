@@ -21,6 +21,7 @@ from fastargs.validation import And, InRange, OneOf
 from ffcv_files import check_file
 from loaders import train_loader, val_loader
 from recipe import check_resolutions, make_model, model_spec
+from seeded_crop import SCALE
 from settings import as_dict, looked_up, read_settings
 from trainer import Trainer
 
@@ -85,6 +86,8 @@ Section("training", "training", CONFIG).params(
                         default=0),
     epochs=Param(COUNT, "epochs", default=30),
     label_smoothing=Param(And(float, InRange(min=0, max=1)), "label smoothing", default=0.1),
+    crop_scale=Param(And(float, InRange(min=0, max=1)), "least share of an image that a random crop shows", default=SCALE),
+    flip=Param(SWITCH, "mirror images with chance 1/2; 0 where left and right differ, as in text", default=1),
     distributed=Param(SWITCH, "start dist.world_size processes", default=0),
     use_blurpool=Param(SWITCH, "blur before strided convolutions", default=0),
     device=Param(And(str, OneOf(["cuda", "cpu"])), "cpu only where asked for", default="cuda"),
@@ -112,8 +115,9 @@ def worker(process, settings, spec, folder, state):
         trainer.restore(state)
     if process.first:
         checkpoint.forget_after(folder, trainer.epoch)
-    train = train_loader(d.train_dataset, settings.training.batch_size, d.num_workers, d.in_memory,
-                         settings.resolution.min_res, settings.training.seed, device, not process.alone)
+    t = settings.training
+    train = train_loader(d.train_dataset, t.batch_size, d.num_workers, d.in_memory, settings.resolution.min_res, t.seed,
+                         device, not process.alone, scale=t.crop_scale, flip=t.flip)
     trainer.run(train, val, stop)
 
 

@@ -1,12 +1,14 @@
-"""FFCV 1.0.2 imported without its side effects. Used by loaders.py and seeded_crop.py, before anything else of FFCV."""
-import numba
+"""FFCV 1.0.2 imported without its side effects. Imported by all modules of this folder before anything else of FFCV."""
+import numba.typed
 import numpy as np
 import torch
 
-threads = torch.get_num_threads()
+threads, typed_dict = torch.get_num_threads(), numba.typed.Dict
+numba.typed.Dict = dict             # FFCV keeps two constants in one, which numba compiles for 3 seconds
 from ffcv.memory_managers import OSCacheManager  # noqa: E402
 from ffcv.pipeline.compiler import Compiler  # noqa: E402
 
+numba.typed.Dict = typed_dict
 torch.set_num_threads(threads)      # importing FFCV sets it to 1
 
 

@@ -27,13 +27,14 @@ def train_loader(path, batch_size, num_workers, in_memory, resolution, seed, dev
                  **crop):
     """Shuffled random crops, the last incomplete batch dropped. Iterate with `loader.epoch(e)`.
 
-    crop: SeededCrop's scale and flip. Order as in the original: random over all processes when distributed, else quasi-random (reads pages in turn);
-    with `indices`, those images in that order.
+    crop: scale and flip of SeededCrop. Order as in the original: random over all processes when distributed, else
+    quasi-random (reads pages in turn); with `indices`, those images in that order.
     """
     order = OrderOption.RANDOM if distributed else OrderOption.QUASI_RANDOM
+    decoder = SeededCrop((resolution, resolution), **crop)
     return TrainLoader(str(path), batch_size, workers(num_workers), os_cache=bool(in_memory), seed=seed,
                        order=order if indices is None else OrderOption.SEQUENTIAL, indices=indices,
-                       distributed=distributed, pipelines=pipelines(SeededCrop((resolution, resolution), **crop), device))
+                       distributed=distributed, pipelines=pipelines(decoder, device))
 
 
 def val_loader(path, batch_size, num_workers, resolution, device, rank=0, world_size=1):

@@ -86,7 +86,7 @@ Section("training", "training", CONFIG).params(
                         default=0),
     epochs=Param(COUNT, "epochs", default=30),
     label_smoothing=Param(And(float, InRange(min=0, max=1)), "label smoothing", default=0.1),
-    crop_scale=Param(And(float, InRange(min=0, max=1)), "least share of an image that a random crop shows", default=SCALE),
+    crop_scale=Param(And(float, InRange(min=0, max=1)), "least share of an image in a random crop", default=SCALE),
     flip=Param(SWITCH, "mirror images with chance 1/2; 0 where left and right differ, as in text", default=1),
     distributed=Param(SWITCH, "start dist.world_size processes", default=0),
     use_blurpool=Param(SWITCH, "blur before strided convolutions", default=0),

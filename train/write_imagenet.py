@@ -13,10 +13,11 @@ import sys
 from contextlib import contextmanager
 from multiprocessing.shared_memory import SharedMemory
 
-import ffcv.writer
+import ffcv_repairs  # noqa: F401
 import numpy as np
 from fastargs import Config, Param, Section
 from fastargs.validation import And, InRange, OneOf
+from ffcv import writer as ffcv_writer
 from ffcv.fields import IntField, RGBImageField
 from ffcv.writer import MIN_PAGE_SIZE, DatasetWriter
 from PIL import Image
@@ -94,7 +95,7 @@ class Worker(multiprocessing.Process):
             sys.exit(f"writing failed: {error}")
 
 
-ffcv.writer.Process = Worker
+ffcv_writer.Process = Worker
 
 
 @contextmanager

@@ -8,7 +8,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ./setup.sh
 out=$(mkdir -p "${1:-demo_out}" && cd "${1:-demo_out}" && pwd)
-export OMP_NUM_THREADS=1      # a network this small runs no faster on two threads, and FFCV's take the other core
 step() { echo; echo "== $* ($((SECONDS / 60)) min $((SECONDS % 60)) s)"; }
 SECONDS=0
 
@@ -38,7 +37,7 @@ python pytorch_inference.py --path "$out"/runs/{ff2,ff8,ff64,mrl,mrl_e}/final_we
 step "embeddings, and the accuracy of the nearest neighbour"
 python pytorch_inference.py --path "$out/runs/mrl/final_weights.pt" --retrieval --dataset 1K "${images[@]}" \
   --retrieval_array_path "$out/arrays"
-python baselines.py knn --arrays "$out/arrays" --model mrl1_e0_ff1024
+python baselines.py knn --arrays "$out/arrays" --model mrl1_e0_ff512
 cd ..
 
 step "adaptive and funnel retrieval"
@@ -55,7 +54,7 @@ notebook() {   # name, settings
 notebook Model_Cascades -p folder "$out/outputs" -p tta False
 notebook Oracle_Upper_Bound_Performance -p folder "$out/outputs" -p tta False -y "{datasets: [V1]}"
 notebook GradCAM -p checkpoint "$out/runs/mrl/final_weights.pt" -p images "$out/images/val" \
-  -p classes "$out/images/val" -p target true -p limit 8 -p resize 27 -p crop 24 -p layer stage2
+  -p classes "$out/images/val" -p target true -p limit 8 -p resize 27 -p crop 24 -p layer layer2
 
 step "the table and the pictures"
 python demo/pictures.py "$out"

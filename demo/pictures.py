@@ -17,7 +17,7 @@ from PIL import Image
 
 from MRL import command_line
 
-MODEL = "mrl1_e0_ff1024"
+MODEL = "mrl1_e0_ff512"
 SHOWN = (2, 4, 8, 64)      # sizes in the picture of neighbours
 QUERIES, NEIGHBOURS = 8, 4
 

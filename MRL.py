@@ -281,7 +281,8 @@ def build_model(arch="resnet50", head="mrl", nesting_list=None, num_classes=1000
 
 
 def torchvision_model(arch, pretrained=False):
-    from torchvision import models
+    with torch.device("cpu"):      # PyTorch 2.6 cannot import it while the default device is "meta"
+        from torchvision import models
     if arch not in models.list_models(module=models):
         raise InputError(f"unknown architecture {arch!r}: give the name of a torchvision classification model")
     # The two networks with auxiliary classifiers are built without them: those heads would not be nested.

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Sets up where need be, then runs ruff and the tests, two files at a time. Arguments go to pytest:
+# Sets up where need be, then runs ruff and the tests, two files at a time, a thread each. Arguments go to pytest:
 #
 #   ./test.sh tests/test_mrl.py -k loss
 cd "$(dirname "$0")"
 source ./setup.sh
 ruff check .
-python -m pytest -n 2 --dist loadfile "$@"
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile "$@"

@@ -69,6 +69,26 @@ def test_any_torchvision_classifier_learns(make_trainer, tmp_path, arch, pixels,
         torch.testing.assert_close(loaded(x)[-1], trainer.model(x)[-1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("head", ["--model.mrl=1", "--model.efficient=1"])
+def test_compiled_steps_are_the_same_steps(make_trainer, monkeypatch, head):
+    """One whole graph for each resolution (none for a second step), and the losses of the model that is not compiled.
+
+    The compiler's last stage, which writes C++, is left out: it takes minutes here.
+    """
+    graphs, compile = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: compile(
+        self, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True, **given))
+    torch._dynamo.reset()
+    trainers = [make_trainer("--model.mrl=0", head, f"--training.compile={on}") for on in (0, 1)]
+    losses = [[], []]
+    for pixels in (32, 32, 64):
+        images = torch.randint(256, (4, pixels, pixels, 3), dtype=torch.uint8)
+        for trainer, kept in zip(trainers, losses, strict=True):
+            kept.append(trainer.train_step(images, torch.tensor([[0], [1], [0], [1]]), 0.01))
+    torch.testing.assert_close(*map(torch.stack, losses), rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 2
+
+
 def test_tta_averages_the_mirrored_image(trainer):
     trainer.model = lambda images: images.mean((2, 3)) * torch.tensor([1., 0, 0]) + images[:, :, 0, 0]
     images = torch.rand(4, 3, 8, 8)

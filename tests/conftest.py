@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-# For commands in processes of their own; the exceptions are those of pyproject.toml, and a folder that PyTorch 2.6 leaves
-# to Python's exit to remove.
+# For commands in processes of their own; the exceptions are those of pyproject.toml.
 WARNINGS = ("error,ignore:The distutils package is deprecated:DeprecationWarning,"
             "ignore:Implicitly cleaning up:ResourceWarning")
 

@@ -120,7 +120,8 @@ class Matryoshka_CE_Loss(nn.Module):
     """Sum over the G sizes of c_g * cross-entropy (Eq. 1), as one batched computation.
 
     relative_importance: the G weights c_g (all 1 when None).
-    cross_entropy_kwargs: those of torch.nn.functional.cross_entropy; reduction is mean (default) or sum.
+    cross_entropy_kwargs: those of torch.nn.functional.cross_entropy; reduction is mean (default) or sum. Targets are
+    ignored only where ignore_index is given.
     forward: (logits as `stack_logits` takes them; target [N] int64, or [N, C] probabilities) -> scalar.
     """
 
@@ -314,7 +315,7 @@ def classifier(model):
 def head_sizes(head, nesting_list, width):
     """-> the G representation sizes of a head on `width` features."""
     if head in ("mrl", "mrl_e"):
-        sizes = check_nesting_list(nesting_list or default_nesting_list(width))
+        sizes = check_nesting_list(default_nesting_list(width) if nesting_list is None else nesting_list)
     elif match := re.fullmatch(r"ff([1-9]\d*)", head):
         sizes = [int(match[1])]
         if nesting_list not in (None, sizes):
@@ -414,7 +415,8 @@ def shown_by_shapes(path, state, arch=None, head=None, nesting_list=None):
     if not last:
         raise InputError(f"{path}: holds no linear classifier")
     nested = [v.shape[1] for k, v in state.items() if re.search(r"\.nesting_classifier_\d+\.weight$", k)]
-    head_shown = "mrl" if len(nested) > 1 else "mrl_e" if nested else f"ff{last[0].shape[1]}"
+    of_one_size = head == "mrl" and nesting_list is not None and list(nesting_list) == nested
+    head_shown = "mrl" if len(nested) > 1 or of_one_size else "mrl_e" if nested else f"ff{last[0].shape[1]}"
     if head is not None and head != head_shown:
         raise InputError(f"{path}: head={head} was asked for, the file holds {head_shown}"
                          + ("; a released MRL-E file needs old_ckpt" if head == "mrl_e" else ""))

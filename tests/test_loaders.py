@@ -16,8 +16,8 @@ def train_file(ffcv_folder):
     return ffcv_folder / "train_500_0.50_90.ffcv"
 
 
-def batches(path, epoch, workers=1, seed=7, first_batch=0, **options):
-    loader = loaders.train_loader(path, 8, workers, 1, 32, seed, "cpu", **options)
+def batches(path, epoch, workers=1, seed=7, first_batch=0, in_memory=1, **options):
+    loader = loaders.train_loader(path, 8, workers, in_memory, 32, seed, "cpu", **options)
     return [(x.clone(), y.clone()) for x, y in loader.epoch(epoch, first_batch)]
 
 
@@ -29,6 +29,7 @@ def test_same_seed_same_pixels(train_file):
     first = batches(train_file, 0)
     assert len(first) == 7 and first[0][0].shape == (8, 32, 32, 3) and first[0][0].dtype == torch.uint8      # 60 // 8
     assert digest(batches(train_file, 0, workers=2)) == digest(first)      # two workers, and a second start
+    assert digest(batches(train_file, 0, in_memory=0)) == digest(first)
     assert digest(batches(train_file, 1)) != digest(first)
     assert digest(batches(train_file, 0, seed=8)) != digest(first)
 

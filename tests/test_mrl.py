@@ -195,6 +195,7 @@ def test_any_torchvision_classifier(arch, name, width):
                                              ({"head": "mlr"}, "unknown head 'mlr'"),
                                              ({"head": "ff4096"}, "more than the 2048 features"),
                                              ({"head": "ff8", "nesting_list": [16]}, "one size 8"),
+                                             ({"nesting_list": []}, "increasing positive integers"),
                                              ({"arch": "squeezenet1_0"}, "does not end in a linear classifier")])
 def test_what_cannot_be_built(arguments, said):
     with torch.device("meta"), pytest.raises(InputError, match=said):
@@ -222,6 +223,14 @@ def test_a_run_needs_only_its_path(tmp_path, head, prefix, wrapper):
 def test_shapes_show_sizes_classes_and_blurpool(tmp_path):
     model = tiny("mrl", nesting_list=[4, 512], blurpool=False)
     assert load_model(saved(model, tmp_path), arch="resnet18").spec == model.spec
+
+
+def test_a_bare_nested_file_of_one_size(tmp_path):
+    model = tiny("mrl", nesting_list=[512])
+    path = saved(model, tmp_path)
+    assert load_model(path, arch="resnet18", head="mrl", nesting_list=[512]).spec["head"] == "mrl"
+    with pytest.raises(InputError, match="give nesting_list"):
+        load_model(path, arch="resnet18")
 
 
 @pytest.mark.parametrize("head, given, said", [

@@ -14,6 +14,7 @@ from recipe import (
     make_optimizer,
     model_spec,
     norm_parameters,
+    start_momentum,
     train_mode,
 )
 
@@ -76,6 +77,21 @@ def test_flags_choose_the_head(model, head, sizes):
 def test_flags_that_contradict(model, said):
     with pytest.raises(InputError, match=said):
         model_spec(settings(**model))
+
+
+def test_momentum_begins_with_zeros_where_the_first_step_overflows():
+    """What fused SGD does with fp16 on a GPU, done on the CPU."""
+    layer = torch.nn.Linear(2, 2, bias=False)
+    before = layer.weight.detach().clone()
+    optimizer = torch.optim.SGD([layer.weight], lr=1.0, momentum=0.9, fused=True)
+    start_momentum(optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    for gradient in (torch.inf, 0.1):
+        layer.weight.grad = torch.full((2, 2), gradient) * scaler.get_scale()
+        scaler.scale(torch.zeros(()))
+        scaler.step(optimizer)
+        scaler.update()
+    torch.testing.assert_close(layer.weight, before - 0.1)
 
 
 def test_networks_of_one_image_size():

@@ -12,7 +12,7 @@ import kill_and_resume
 import pytest
 import torch
 import train_imagenet
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 from MRL import InputError
 
@@ -87,6 +87,22 @@ def test_ctrl_c_finishes_the_step_and_saves(ffcv, tmp_path):
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGINT and "Traceback" not in stderr
     assert "go on with --training.resume=" in stderr
+
+
+@pytest.mark.parametrize("whom", ["the first", "all"])
+def test_two_processes_asked_to_stop_save_first(ffcv, tmp_path, whom):
+    """`kill`, and a job's end, where each process hears it twice: directly and from the first."""
+    words = kill_and_resume.command(ffcv, tmp_path, "run", "--training.epochs=500", "--training.batch_size=6",
+                                    "--training.distributed=1", "--dist.world_size=2", f"--dist.port={free_port()}")
+    process = subprocess.Popen(words, cwd=ROOT / "train", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    while not (tmp_path / "run/checkpoint.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    (os.kill if whom == "the first" else os.killpg)(process.pid, signal.SIGTERM)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in stderr, stderr
+    assert stderr.count("go on with --training.resume=") == 1
 
 
 def test_torchrun_restarts_a_killed_process(ffcv, tmp_path):

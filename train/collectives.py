@@ -11,7 +11,8 @@ import torch.distributed as dist
 class StopRequest:
     """Turns SIGTERM and Ctrl-C into a question that all processes answer alike: shall we stop after this step?
 
-    A second signal ends the process at once.
+    A second Ctrl-C ends the process at once. (SIGTERM often comes twice: to all processes, and passed on by what
+    started them.)
     """
 
     def __init__(self, process):
@@ -21,7 +22,8 @@ class StopRequest:
 
     def note(self, signum, _):
         self.signum = signum
-        signal.signal(signum, signal.SIG_DFL)
+        if signum == signal.SIGINT:
+            signal.signal(signum, signal.SIG_DFL)
 
     def asked(self):
         """-> the signal's number, 0 if there was none. Every process must call it after the same steps."""

@@ -5,6 +5,7 @@ import torch
 
 threads, typed_dict = torch.get_num_threads(), numba.typed.Dict
 numba.typed.Dict = dict             # FFCV keeps two constants in one, which numba compiles for 3 seconds
+from ffcv.loader.epoch_iterator import IS_CUDA, EpochIterator  # noqa: E402
 from ffcv.memory_managers import OSCacheManager  # noqa: E402
 from ffcv.pipeline.compiler import Compiler  # noqa: E402
 
@@ -33,5 +34,17 @@ def compile_reader(self):
     return Compiler.compile(read, mapped(numba.uint64, numba.types.Tuple([mapped, table, table])))
 
 
+run_pipeline = EpochIterator.run_pipeline
+
+
+def run_after_copy(self, number, images, slot, event):
+    """FFCV orders only what the GPU does: the copy out of this slot's pinned memory may still wait there, when the CPU
+    writes the next batch into it. The thread that decodes waits for it; training does not."""
+    if IS_CUDA:
+        self.cuda_streams[slot].synchronize()
+    return run_pipeline(self, number, images, slot, event)
+
+
+EpochIterator.run_pipeline = run_after_copy
 Compiler.set_num_threads = classmethod(set_num_threads)
 OSCacheManager.compile_reader = compile_reader

@@ -42,7 +42,7 @@ def under_torchrun():
 
 def is_first():
     """Before the processes meet: is this the one that prints and writes?"""
-    return os.environ.get("RANK", "0") == "0"
+    return not under_torchrun() or os.environ["RANK"] == "0"
 
 
 def torchrun_name():
@@ -62,13 +62,16 @@ def world_size(settings):
 
 def check_devices(settings):
     """InputError where the processes cannot all have their device, or cannot meet."""
-    spawned = 1 if under_torchrun() else world_size(settings)
+    here = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else world_size(settings)
     if settings.training.device == "cuda":
         if not torch.cuda.is_available():
             raise InputError("--training.device=cuda: PyTorch sees no GPU here; --training.device=cpu trains without")
-        if spawned > torch.cuda.device_count():
-            raise InputError(f"--dist.world_size={spawned}: this machine shows {torch.cuda.device_count()} GPUs")
-    if spawned > 1:
+        if here > torch.cuda.device_count():
+            raise InputError(f"{'--nproc_per_node' if under_torchrun() else '--dist.world_size'}={here}: "
+                             f"this machine shows {torch.cuda.device_count()} GPUs")
+    if under_torchrun():
+        check_restarts()
+    elif here > 1:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -76,6 +79,15 @@ def check_devices(settings):
             except (OSError, ValueError, OverflowError) as error:
                 raise InputError(f"--dist.address={settings.dist.address} --dist.port={settings.dist.port}: "
                                  f"{getattr(error, 'strerror', error)}; choose another") from None
+
+
+def check_restarts():
+    """torchrun keeps one store over all restarts, where the processes then find each other's old addresses. On one node
+    `meeting_place` avoids them; on several, a variable makes torchrun start a store each time."""
+    if int(os.environ["GROUP_WORLD_SIZE"]) > 1 and os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0" \
+            and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise InputError("torchrun --max-restarts: on several nodes restarts need --rdzv_backend=c10d and "
+                         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment")
 
 
 def launch(worker, settings, *args):
@@ -91,6 +103,8 @@ def launch(worker, settings, *args):
 def spawn(worker, settings, *args):
     os.environ.update(MASTER_ADDR=settings.dist.address, MASTER_PORT=str(settings.dist.port),
                       WORLD_SIZE=str(world_size(settings)))
+    # Each would else start a thread for every core, and they wait for each other: half the speed on two cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // world_size(settings))))
     context = mp.start_processes(run_spawned, (worker, settings, *args), nprocs=world_size(settings),
                                  join=False, start_method="spawn")
     # The processes stop by themselves when asked to (collectives.StopRequest); this one passes the word on and waits.
@@ -113,7 +127,7 @@ def run_spawned(*args):
 
 
 def run_worker(local_rank, worker, settings, *args):
-    rank, size = int(os.environ.get("RANK", local_rank)), int(os.environ["WORLD_SIZE"])
+    rank, size = int(os.environ["RANK"]) if under_torchrun() else local_rank, int(os.environ["WORLD_SIZE"])
     cuda = settings.training.device == "cuda"
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -131,7 +145,7 @@ def meeting_place(rank, size):
     """The store through which the processes find each other.
 
     On one node torchrun keeps it over a restart, and PyTorch 2.15 then finds the addresses of the processes before:
-    each start gets a prefix of its own. (Between nodes the numbers of restarts differ, and the store is a new one.)
+    each start gets a prefix of its own. (Between nodes the numbers of restarts differ: see check_restarts.)
     """
     store, *_ = next(dist.rendezvous("env://", rank, size))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":

@@ -112,7 +112,17 @@ def make_optimizer(model, training):
     groups = [{"params": [p for name, p in learning if name in norms], "weight_decay": training.bn_wd},
               {"params": [p for name, p in learning if name not in norms], "weight_decay": training.weight_decay}]
     fused = next(model.parameters()).device.type == "cuda"
-    return torch.optim.SGD(groups, lr=1.0, momentum=training.momentum, fused=fused)
+    optimizer = torch.optim.SGD(groups, lr=1.0, momentum=training.momentum, fused=fused)
+    start_momentum(optimizer)
+    return optimizer
+
+
+def start_momentum(optimizer):
+    """Zeros, which change no step. Without them fused SGD goes on from uninitialised memory where fp16 overflows in the
+    first step, as it often does."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def norm_parameters(model, by_type):

@@ -103,15 +103,15 @@ Section("dist", "processes started by this script; under torchrun its environmen
 )
 
 
-def worker(process, settings, spec, folder, state):
-    """What every process does; `state` is the checkpoint to go on from, if there is one."""
+def worker(process, settings, spec, folder):
+    """What every process does."""
     d, v, device = settings.data, settings.validation, process.device
-    stop = collectives.StopRequest(process)
     trainer = Trainer(process, settings, spec, folder)
     val = val_loader(d.val_dataset, v.batch_size, d.num_workers, v.resolution, device, process.rank, process.world_size)
     if settings.training.eval_only:
         return validate_only(trainer, val)
-    if state := collectives.share(process, state):
+    stop = collectives.StopRequest(process)
+    if state := collectives.share(process, checkpoint.restore(folder) if process.first else None):
         trainer.restore(state)
     if process.first:
         checkpoint.forget_after(folder, trainer.epoch)
@@ -153,7 +153,7 @@ def check(settings, spec):
 
 
 def open_folder(folder, settings, spec):
-    """Make a run folder, or find the run that goes on in it -> its checkpoint, None at the beginning."""
+    """Make a run folder, or find the run that goes on in it."""
     settings = as_dict(settings)
     if not (folder / "params.json").exists():
         checkpoint.make_folder(folder)
@@ -162,7 +162,6 @@ def open_folder(folder, settings, spec):
     if (folder / "final_weights.pt").exists() and not settings["training"]["eval_only"]:
         raise InputError(f"{folder}: this run is finished; choose another --logging.name")
     print(f"run folder: {folder}", flush=True)
-    return checkpoint.restore(folder)
 
 
 def main():
@@ -172,8 +171,9 @@ def main():
     spec = model_spec(settings)
     check(settings, spec)
     folder = folder or run_folder(settings)
-    state = open_folder(folder, settings, spec) if launch.is_first() else None
-    launch.launch(worker, settings, spec, folder, state)
+    if launch.is_first():
+        open_folder(folder, settings, spec)
+    launch.launch(worker, settings, spec, folder)
 
 
 if __name__ == "__main__":

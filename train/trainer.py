@@ -123,6 +123,7 @@ class Trainer:
         if self.process.first:
             print(f"stopped in epoch {self.epoch + 1} after {self.step} steps; go on with "
                   f"--training.resume={self.folder}", file=sys.stderr)
+        collectives.share(self.process, None)      # whoever ends first has the others ended: not before all is saved
         sys.exit(128 + signum)
 
     def run(self, loader, val, stop):

@@ -105,6 +105,8 @@ def build(source, output, plan, copy=False):
     for name, splits in tqdm(plan.items(), desc="building", unit="class"):
         for split in splits:
             Path(output, split, name).mkdir(parents=True, exist_ok=True)
+            for left in Path(output, split, name).glob(".*"):      # half a file of a run that was killed
+                left.unlink()
         places = {file: Path(output, split, name, file) for split, files in splits.items() for file in files}
         missing = {file: place for file, place in places.items() if not place.exists()}
         if Path(source, name).is_dir():

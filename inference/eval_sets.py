@@ -27,23 +27,24 @@ IMAGENET = "https://www.image-net.org"
 V2_SOURCE = "https://github.com/modestyachts/ImageNetV2"
 
 
-def v2(title, folder):
-    return Row(title, (f"{folder}-format-val", folder), "integers", 10_000, V2_SOURCE)
+def v2(title, folder, package):      # package: the name that the package ImageNetV2_pytorch gives it
+    return Row(title, (f"{folder}-format-val", folder, package), "integers", 10_000, V2_SOURCE)
 
 
 V1 = Row("ImageNet-1K val", ("val",), SYNSETS, 50_000, IMAGENET, own=True)
-V2 = v2("ImageNetV2 matched-frequency", "imagenetv2-matched-frequency")
+V2 = v2("ImageNetV2 matched-frequency", "imagenetv2-matched-frequency", "ImageNetV2-matched-frequency")
 
 CLASSIFICATION = {
     "V1": V1,
     "V2": V2,
-    "V2-threshold-0.7": v2("ImageNetV2 threshold 0.7", "imagenetv2-threshold0.7"),
-    "V2-top-images": v2("ImageNetV2 top images", "imagenetv2-top-images"),
+    "V2-threshold-0.7": v2("ImageNetV2 threshold 0.7", "imagenetv2-threshold0.7", "ImageNetV2-threshold-0.7"),
+    "V2-top-images": v2("ImageNetV2 top images", "imagenetv2-top-images", "ImageNetV2-top-images"),
     "A": Row("ImageNet-A", ("imagenet-a",), "imagenet_a_synsets.txt", 7_500,
              "https://github.com/hendrycks/natural-adv-examples"),
     "R": Row("ImageNet-R", ("imagenet-r", "imagenet-r_"), "imagenet_r_synsets.txt", 30_000,
              "https://github.com/hendrycks/imagenet-r"),
-    "Sketch": Row("ImageNet-Sketch", ("sketch", "imagenet-sketch/sketch", "ImageNet-Sketch"), SYNSETS, 50_889,
+    "Sketch": Row("ImageNet-Sketch",
+                  ("sketch", "imagenet-sketch/sketch", "ImageNet-Sketch/sketch", "ImageNet-Sketch"), SYNSETS, 50_889,
                   "https://github.com/HaohanWang/ImageNet-Sketch"),
 }
 

@@ -61,10 +61,14 @@ def dump(model, images, stem, about, device, batch_size, workers, precision="fp3
 
 def begin(files, about, n, overwrite):
     """Make the files to fill, unless they are there from a run that was stopped, or the dump is complete."""
+    check_free(files.plan, about, overwrite)
+    if files.plan.exists() and not files.rows.exists() and files.X.exists():      # stopped in `finish`: back to before
+        os.replace(files.X, files.rows)
     for companion, data, says in ((files.about, files.X, "complete already"),
                                   (files.plan, files.rows, "going on where it stopped")):
         check_free(companion, about, overwrite)
-        if companion.exists() and data.exists() and not overwrite:
+        known = read_json(companion) or {}
+        if data.exists() and {key: known.get(key) for key in about} == about:
             print(f"{files.X}: {says}")
             return
     files.plan.unlink(missing_ok=True)
@@ -80,6 +84,7 @@ def fill(model, images, files, device, batch_size, workers, precision, skip_bad_
     """This process's share of the batches that are still to do."""
     X, state = (read_array(path, "r+") for path in (files.rows, files.state))
     todo = np.unique(np.flatnonzero(state == TODO) // batch_size)[rank()::world()].tolist()
+    barrier()                                          # all have read the state before any writes to it
     loader = make_loader(images, batch_size, workers, device.type == "cuda", todo)
     for batch, (x, y) in zip(todo, tqdm(loader, desc=files.X.name, unit="batch", disable=rank() > 0), strict=True):
         rows = slice(batch * batch_size, batch * batch_size + len(y))
@@ -95,6 +100,8 @@ def fill(model, images, files, device, batch_size, workers, precision, skip_bad_
 def finish(files, about, images):
     """The partial files become the final ones; the companion, last, says that all is there."""
     state = np.load(files.state)
+    if (state == TODO).any():
+        raise InputError(f"{files.X}: {(state == TODO).sum()} rows are missing; run the same command again")
     kept = np.flatnonzero(state == DONE)
     if len(kept) == 0:
         raise InputError(f"{images.folder}: no image could be read")

@@ -188,11 +188,11 @@ def origin(path, model, dataset, images, args):
 
 def start_device(args):
     """-> the device; under torchrun this process's own, after joining the group (gloo: only barriers are needed)."""
-    device = device_named(args.device)
-    if processes() > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    if processes() == 1:
+        return device_named(args.device)
+    gpus = torch.cuda.device_count() if args.device.startswith("cuda") else 0
+    device = device_named(f"cuda:{int(os.environ['LOCAL_RANK']) % gpus}" if gpus else args.device)
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
     return device
 
 

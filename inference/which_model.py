@@ -36,7 +36,7 @@ def released(path):
         return {}
     depth, nested, efficient, size = match.groups()
     start = re.search(r"(\d+)start", f"{path.parent.name}/{path.stem}")
-    sizes = [d for d in NESTING_LIST if (int(start[1]) if start else 8) <= d <= int(size)]
+    sizes = [d for d in NESTING_LIST if int(start[1]) <= d <= int(size)] if start else None
     return {"arch": f"resnet{depth}", "head": head_of_flags(nested == "1", efficient == "1", size),
             "nesting_list": sizes if nested == "1" else None}
 

@@ -109,10 +109,10 @@ def fits(path, wanted):
 def recorded(path, record):
     """A temporary path to write to; then it becomes `path`, with its record beside it.
 
-    The old record goes first: at no time does a record stand beside a file that it does not describe.
+    The old record goes just before the old file: a record never stands beside a file that it does not describe.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    record_file(path).unlink(missing_ok=True)
     with replacing(path) as temporary:
         yield temporary
+        record_file(path).unlink(missing_ok=True)
     write_json(record_file(path), record)

@@ -120,4 +120,7 @@ def begun(partial, record, shape):
     """-> the list to fill, and how far it is: what an interrupted run left, or new ones."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     state = read_json(record_file(partial)) if fits(partial, record) else record | {"done": 0, "seconds": 0.0}
-    return read_array(partial, "r+") if state["done"] else allocate(partial, shape, np.int32), state
+    if state["done"]:
+        return read_array(partial, "r+"), state
+    record_file(partial).unlink(missing_ok=True)       # of an older file: it must not speak for this one
+    return allocate(partial, shape, np.int32), state

@@ -86,6 +86,7 @@ def searcher(xb, retrieval_dim, index="exactl2", file=None, record=None, device=
     block = max(1, int(memory_gb * 1e9) // (4 * retrieval_dim))
     streamed = index == "exactl2" and len(xb) > block
     built = None if streamed else built_index(xb, retrieval_dim, index, file, record)
+    flat = None if streamed or index != "exactl2" else vectors(built) if device == "cpu" else on_gpu(vectors(built))
 
     def find(xq, k, first=0):
         k = check_queries(xb, xq, k)
@@ -93,7 +94,7 @@ def searcher(xb, retrieval_dim, index="exactl2", file=None, record=None, device=
         if index != "exactl2":
             D, I = built.search(q, k, params=faiss.SearchParametersHNSW(efSearch=max(k, EF_SEARCH)))
             return np.where(I < 0, np.inf, D), I
-        return exact(unit_blocks(xb, retrieval_dim, block) if streamed else [(0, vectors(built))], q, k, device)
+        return exact(unit_blocks(xb, retrieval_dim, block) if streamed else [(0, flat)], q, k, device)
 
     return find
 
@@ -129,10 +130,15 @@ def products(q, block, k, device):
 def torch_products(q, block, k, device):
     """`products` on any torch device, in full float32: with TF32 it would not be exact search."""
     torch.set_float32_matmul_precision("highest")
-    block_t = torch.from_numpy(block).to(device).T
+    block_t = torch.as_tensor(block, device=device).T
     rows = max(1, PRODUCTS // len(block))                 # queries at a time
     best = [(torch.from_numpy(q[lo:lo + rows]).to(device) @ block_t).topk(k) for lo in range(0, len(q), rows)]
     return tuple(torch.cat([b[part] for b in best]).cpu().numpy() for part in (0, 1))
+
+
+def on_gpu(block):
+    """A database that stays: copied once, not for each search (FAISS does its own copying)."""
+    return block if gpu_faiss() else torch.as_tensor(block, device="cuda")
 
 
 @cache

@@ -29,7 +29,9 @@ def accuracy(images):
     ("v2", "imagenetv2-matched-frequency-format-val", [str(i) for i in range(1000)]),
     ("V2-threshold-0.7", "imagenetv2-threshold0.7", [str(i) for i in range(1000)]),
     ("V2-top-images", "imagenetv2-top-images-format-val", [str(i) for i in range(1000)]),
+    ("V2", "ImageNetV2-matched-frequency", [str(i) for i in range(1000)]),
     ("sketch", "imagenet-sketch/sketch", IMAGENET),
+    ("Sketch", "ImageNet-Sketch/sketch", IMAGENET),
     ("A", "imagenet-a", {wnid: IMAGENET.index(wnid) for wnid in A}),
     ("R", "imagenet-r_", {wnid: IMAGENET.index(wnid) for wnid in R}),
 ])

@@ -4,7 +4,9 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import features
 import numpy as np
 import pytest
 import torch
@@ -133,6 +135,39 @@ def test_stopped_dump_goes_on_where_it_stopped(tmp_path):
     write(images, tmp_path / "out" / "m", model=counting)
     assert counting.batches == 3                                          # 6 batches, 3 of them done before
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("step", ["replace", "write_json", "unlink"])
+def test_a_dump_stopped_in_its_last_steps_is_only_finished(tmp_path, monkeypatch, step):
+    """Before the rows have their name, the companion is there, the plan is gone: no image is read again."""
+    images = image_set(tmp_path / "tree")
+    write(images, tmp_path / "whole" / "m")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_in_finish(patch, step)
+        write(images, tmp_path / "out" / "m")
+    write(images, tmp_path / "out" / "m", model=ColourReader(), overwrite=True)          # would fail if it were run
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def stop_in_finish(patch, step):
+    owner, finish = {"replace": features.os, "write_json": features, "unlink": Path}[step], features.finish
+    real = getattr(owner, step)
+
+    def interrupted(path, *args, **options):
+        if "partial" in str(path) or step == "write_json":
+            raise KeyboardInterrupt
+        return real(path, *args, **options)
+
+    def stopping(*args):
+        patch.setattr(owner, step, interrupted)
+        finish(*args)
+    patch.setattr(features, "finish", stopping)
+
+
+def test_rows_that_nobody_wrote_are_no_complete_dump(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "fill", lambda *_: None)
+    with pytest.raises(InputError, match="21 rows are missing"):
+        write(image_set(tmp_path / "tree"), tmp_path / "out" / "m")
 
 
 # A process of its own, so that it can be killed.

@@ -75,6 +75,7 @@ def test_first_by_sorted_name_and_again(command, flag, capsys):
     before = {path: path.lstat().st_mtime_ns for path in folder.rglob("*.JPEG")}
     lost = folder / "val" / CLASSES[1] / f"{CLASSES[1]}_4.JPEG"
     lost.unlink()
+    lost.with_name(".half.JPEG").write_text("of a run that was killed")
     command(*flag)                                             # only what is missing is made
     assert built(folder) == BY_RULE
     assert {path: path.lstat().st_mtime_ns for path in before if path != lost} == \

@@ -4,7 +4,7 @@ import pytest
 from arrays import read_json, record_file
 from neighbor_lists import Recipe, list_file, list_files, parse_list_file, read_list, write_list
 
-from MRL import InputError
+from MRL import InputError, write_json
 
 RECIPES = {
     Recipe("exactl2", 16, 2048): "neighbors/mrl/exactl2_16dim_2048shortlist_1K.npy",
@@ -87,6 +87,19 @@ def test_a_half_made_list_of_other_embeddings_is_begun_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_list(tmp_path / "list.npy", {"k": 3}, (10, 3), broken, 4)
     write_list(tmp_path / "list.npy", {"k": 4}, (10, 3), lambda lo, hi: np.ones((hi - lo, 3)), 4)
+    assert (read_list(tmp_path / "list.npy", n=30, q=10) == 1).all()
+
+
+def test_a_record_of_a_lost_file_does_not_speak_for_the_next(tmp_path):
+    """Killed between the two renames of a list's end, and again in the first chunk of the next start."""
+    partial = tmp_path / ".list.npy.partial.npy"
+    write_json(record_file(partial), {"k": 3, "done": 10, "seconds": 1.0})
+
+    def broken(lo, hi):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_list(tmp_path / "list.npy", {"k": 3}, (10, 3), broken, 4)
+    write_list(tmp_path / "list.npy", {"k": 3}, (10, 3), lambda lo, hi: np.ones((hi - lo, 3)), 4)
     assert (read_list(tmp_path / "list.npy", n=30, q=10) == 1).all()
 
 

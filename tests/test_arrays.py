@@ -13,7 +13,6 @@ from arrays import (
     labels_file,
     read_embeddings,
     read_labels,
-    record_file,
     recorded,
 )
 

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sys
+import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,9 @@ def run_worker(local_rank, worker, settings, *args):
     try:
         worker(Process(rank, local_rank, size, device), settings, *args)
     finally:
+        # gloo's threads need Python's lock to let go of the last tensors, and the next line waits for them holding it
+        # (seen with PyTorch 2.6): give them the time.
+        time.sleep(0.1)
         dist.destroy_process_group()
 
 

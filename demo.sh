@@ -8,6 +8,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ./setup.sh
 out=$(mkdir -p "${1:-demo_out}" && cd "${1:-demo_out}" && pwd)
+if [ -n "$(ls -A "$out")" ] && [ ! -e "$out/.mrl-demo" ]; then      # it removes folders of an earlier run below
+  echo "error: $out is not empty, and not made by demo.sh; name a new folder" >&2
+  exit 1
+fi
+touch "$out/.mrl-demo"
 step() { echo; echo "== $* ($((SECONDS / 60)) min $((SECONDS % 60)) s)"; }
 SECONDS=0
 

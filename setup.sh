@@ -8,6 +8,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
+# FFCV asks pkg-config for all of OpenCV; where there is none (conda has one), setup/opencv4.pc names the parts it uses.
+pc=$PWD/setup:
+if pkg-config --exists opencv4 2>/dev/null; then pc=; fi
+
 say() { echo "setup: $*" >&2; }
 
 choose_python() {      # an environment with PyTorch is used as it is; else .venv
@@ -24,7 +28,7 @@ choose_python() {      # an environment with PyTorch is used as it is; else .ven
 
 have_headers() {
   command -v g++ >/dev/null && command -v pkg-config >/dev/null && pkg-config --exists libturbojpeg \
-    && PKG_CONFIG_PATH=$PWD/setup:${PKG_CONFIG_PATH:-} \
+    && PKG_CONFIG_PATH=$pc${PKG_CONFIG_PATH:-} \
        sh -c 'printf "#include <opencv2/opencv.hpp>\n" | g++ -E $(pkg-config --cflags opencv4) -x c++ - >/dev/null 2>&1'
 }
 
@@ -47,7 +51,7 @@ install_packages() {
   local skip='^$'
   if "$python" -c "import torch, torchvision" 2>/dev/null; then skip='^torch'; fi      # keep the PyTorch that is there
   say "installing the Python packages (PyTorch is large; this takes minutes)"
-  PKG_CONFIG_PATH=$PWD/setup:${PKG_CONFIG_PATH:-} "$python" -m pip install -q --disable-pip-version-check \
+  PKG_CONFIG_PATH=$pc${PKG_CONFIG_PATH:-} "$python" -m pip install -q --disable-pip-version-check \
     --root-user-action=ignore -r <(grep -vE "$skip" requirements.txt) >&2
 }
 

@@ -34,7 +34,8 @@ def plot(table):
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name, style in zip(table, ("ks", "o-", "^-", "v--"), strict=True):
-        axes.plot(table[name].dropna() * 100, style, label=name)
+        ring = {"markersize": 12, "fillstyle": "none", "zorder": 3} if name == "FF" else {}      # the others lie inside
+        axes.plot(table[name].dropna() * 100, style, label=name, **ring)
     axes.set_xscale("log", base=2)
     axes.set_xticks(table.index)
     axes.xaxis.set_major_formatter(ScalarFormatter())

@@ -45,7 +45,7 @@ def evaluate(model, images, loader, device, tta=False, precision="fp32", skip_ba
             logits = logits.index_select(-1, subset)
         if readable is not None:
             logits, y = logits[:, readable], y[readable]
-        sums = sums + count(logits, y)
+        sums = sums + count(logits / 2 if tta else logits, y)      # the loss of the mean, as in training's log
         if keep is not None:
             keep(n, logits, y)
         n += len(y)

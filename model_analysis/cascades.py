@@ -174,7 +174,7 @@ def main():
         command.set_defaults(run=function)
         command.add_argument("--folder", default="../inference", help="where pytorch_inference.py saved its files")
         command.add_argument("--dataset", default="V1")
-        command.add_argument("--tta", action="store_true", help="the files of the mirrored-image average, as the paper")
+        command.add_argument("--tta", action="store_true", help="files made with --tta, as the paper's cascades")
         command.add_argument("--policy", required=True, help="JSON file")
     command = commands.choices["learn"]
     command.add_argument("--head", default="mrl", choices=HEADS)

@@ -20,7 +20,8 @@ from MRL import InputError, read_json, reason, replacing, write_json
 
 FORMAT = "MRL training checkpoint 1"
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint_previous.pt"
-# A continued run may differ from its beginning in these sections and settings: they do not change its result.
+# A continued run may differ from its beginning in these sections and settings: they do not change its result, if the
+# data files are the same, moved elsewhere.
 FREE = ("data", "logging", "validation.batch_size", "dist.address", "dist.port", "training.resume",
         "training.eval_only", "training.path")
 

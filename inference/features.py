@@ -61,12 +61,12 @@ def dump(model, images, stem, about, device, batch_size, workers, precision="fp3
 
 def begin(files, about, n, overwrite):
     """Make the files to fill, unless they are there from a run that was stopped, or the dump is complete."""
-    check_free(files.plan, about, overwrite)
+    for companion in (files.about, files.plan):
+        check_free(companion, about, overwrite)
     if files.plan.exists() and not files.rows.exists() and files.X.exists():      # stopped in `finish`: back to before
         os.replace(files.X, files.rows)
     for companion, data, says in ((files.about, files.X, "complete already"),
                                   (files.plan, files.rows, "going on where it stopped")):
-        check_free(companion, about, overwrite)
         known = read_json(companion) or {}
         if data.exists() and {key: known.get(key) for key in about} == about:
             print(f"{files.X}: {says}")

@@ -1,10 +1,12 @@
 """What several test files share: the repository's root, the golden numbers, and running a command as a user would."""
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +18,28 @@ ROOT = Path(__file__).resolve().parent.parent
 # For commands in processes of their own; the exceptions are those of pyproject.toml.
 WARNINGS = ("error,ignore:The distutils package is deprecated:DeprecationWarning,"
             "ignore:Implicitly cleaning up:ResourceWarning")
+DISK = 4 << 30      # bytes; 2.3 GB were in use at most
 
 
 def pytest_configure():
     """A shell makes what it starts in the background deaf to Ctrl-C, and so what that starts: the tests send it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_sessionstart():
+    """Half of the tests failing on a full disk says less than this."""
+    folder = tempfile.gettempdir()
+    if shutil.disk_usage(folder).free < DISK:
+        pytest.exit(f"the tests need {DISK >> 30} GB of disk in {folder}: make room, or set TMPDIR", returncode=4)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files(tmp_path_factory):
+    """What commands leave in the temporary folder (torchrun its logs) goes with the tests' own files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
+        patch.setattr(tempfile, "tempdir", None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,10 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import schedules
+
+from MRL import InputError
 
 
 def lr(**changes):
@@ -22,6 +25,33 @@ def test_rates_equal_the_original(golden):
 def test_rates_within_an_epoch_run_to_the_next_epochs():
     rates = schedules.iteration_rates(2, 4, lr(lr=1.0), 6)      # 1 at epoch 2, 0.75 at epoch 3
     np.testing.assert_allclose(rates, [1, 0.9375, 0.875, 0.8125])
+
+
+def test_a_peak_after_the_end_is_on_its_way_up_at_the_end():
+    rates = [schedules.learning_rate(e, lr(lr=1.0, lr_peak_epoch=4), 2) for e in range(3)]
+    np.testing.assert_allclose(rates, [1e-4, 1e-4 + 0.9999 / 4, 1e-4 + 0.9999 / 2])
+    np.testing.assert_allclose(schedules.iteration_rates(0, 2, lr(lr=1.0), 1), [1e-4, 1e-4 + 0.9999 / 4])
+
+
+def settings(start_ramp=0, end_ramp=0, epochs=4, **changes):
+    return SimpleNamespace(resolution=SimpleNamespace(start_ramp=start_ramp, end_ramp=end_ramp), lr=lr(**changes),
+                           training=SimpleNamespace(epochs=epochs))
+
+
+@pytest.mark.parametrize("changes", [{}, {"epochs": 1}, {"lr_peak_epoch": 0}, {"lr_peak_epoch": 4},
+                                     {"start_ramp": 29, "end_ramp": 34, "epochs": 40},
+                                     {"lr_peak_epoch": 5, "lr_schedule_type": "step"}], ids=str)
+def test_schedules_that_can_be_followed(changes):
+    schedules.check(settings(**changes))
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"lr_peak_epoch": 5}, "--lr.lr_peak_epoch=5: .*--training.epochs=4,.* give 0 to 4"),
+    ({"lr_peak_epoch": 3, "epochs": 1}, "--lr.lr_peak_epoch=3"),
+    ({"start_ramp": 2, "end_ramp": 1}, "--resolution.start_ramp=2: is after --resolution.end_ramp=1")], ids=str)
+def test_schedules_that_cannot(changes, says):
+    with pytest.raises(InputError, match=says):
+        schedules.check(settings(**changes))
 
 
 def test_resolutions_equal_the_original(golden):

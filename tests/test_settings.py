@@ -61,7 +61,8 @@ def test_the_command_line_goes_before_the_file(monkeypatch):
     (["--training.optimizer=adam"], "--training.optimizer=adam: expected"),
     (["--training.epochs=many"], "--training.epochs=many: expected an int"),
     (["--model.mrl=2"], "--model.mrl=2"), (["--training.device=tpu"], "--training.device=tpu"),
-    (["--lr.lr_schedule_type=cosine"], "cosine"), (["--training.batch_size=0"], "batch_size=0")])
+    (["--lr.lr_schedule_type=cosine"], "cosine"), (["--training.batch_size=0"], "batch_size=0"),
+    (["--lr.lr_peak_epoch=-3"], "--lr.lr_peak_epoch=-3"), (["--resolution.end_ramp=-1"], "--resolution.end_ramp=-1")])
 def test_bad_values(monkeypatch, words, said):
     with pytest.raises(InputError, match=said):
         read(monkeypatch, *words)

@@ -1,10 +1,12 @@
 """The README's training commands, as a user runs them: with the data, device and lengths of a test."""
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import train_imagenet
 from conftest import free_port
 from torch.utils.data import DistributedSampler
 
@@ -113,6 +115,15 @@ def test_weights_can_be_validated_alone(trained, ffcv_folder, run, tmp_path):
     (record,) = map(json.loads, (folder / "log").read_text().splitlines())
     for key in ("top_1_8", "top_5_2048", "val_loss_8"):
         assert f"{key}: {record[key]:.4f}" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["../../evil", "a/b", "/tmp", "..", "."])
+def test_a_runs_name_does_not_lead_out_of_its_folder(tmp_path, name):
+    settings = SimpleNamespace(logging=SimpleNamespace(folder=str(tmp_path), name=name))
+    with pytest.raises(MRL.InputError, match=r"--logging\.name=.*--logging\.folder"):
+        train_imagenet.run_folder(settings)
+    settings.logging.name = "..a run"
+    assert train_imagenet.run_folder(settings) == tmp_path / "..a run"
 
 
 def test_one_bad_command_ends_in_one_line(refused, ffcv_folder, tmp_path):

@@ -1,10 +1,26 @@
 """Learning rate and image resolution as pure functions of the epoch. Used by trainer.py."""
 import numpy as np
 
+from MRL import InputError
+
+PEAK = 2        # epoch of the highest rate where none is given: the original's
+
+
+def check(settings):
+    """InputError for schedules that cannot be followed."""
+    ramp, peak, epochs = settings.resolution, settings.lr.lr_peak_epoch, settings.training.epochs
+    if ramp.start_ramp > ramp.end_ramp:
+        raise InputError(f"--resolution.start_ramp={ramp.start_ramp}: is after --resolution.end_ramp={ramp.end_ramp}; "
+                         "give an earlier one, or a later end")
+    # The default peak may lie after the end: the original's commands with --training.epochs=1 still run.
+    if settings.lr.lr_schedule_type == "cyclic" and peak > max(epochs, PEAK):
+        raise InputError(f"--lr.lr_peak_epoch={peak}: is after the last of --training.epochs={epochs}, and the rate "
+                         f"would never fall; give 0 to {epochs}")
+
 
 def cyclic(epoch, lr, peak_epoch, epochs):
-    """Triangle: 1e-4 * lr at epoch 0, lr at the peak, 0 at the end."""
-    return float(np.interp(epoch, [0, peak_epoch, epochs], [1e-4 * lr, lr, 0]))
+    """Triangle: 1e-4 * lr at epoch 0, lr at the peak, 0 at the end. A peak after the end is not reached."""
+    return float(np.interp(epoch, [0, peak_epoch, max(peak_epoch, epochs)], [1e-4 * lr, lr, 0]))
 
 
 def step(epoch, lr, ratio, length, epochs):

@@ -16,6 +16,7 @@ from pathlib import Path
 import checkpoint
 import collectives
 import launch
+import schedules
 from fastargs import Config, Param, Section
 from fastargs.validation import And, InRange, OneOf
 from ffcv_files import check_file
@@ -29,6 +30,7 @@ from MRL import InputError, command_line
 
 SWITCH = And(int, OneOf([0, 1]))
 COUNT = And(int, InRange(min=1))
+EPOCH = And(int, InRange(min=0))
 CONFIG = Config()
 
 Section("model", "the network", CONFIG).params(
@@ -47,8 +49,8 @@ Section("model", "the network", CONFIG).params(
 Section("resolution", "progressive resizing", CONFIG).params(
     min_res=Param(COUNT, "pixels a side up to start_ramp", default=160),
     max_res=Param(COUNT, "pixels a side from end_ramp", default=160),
-    start_ramp=Param(int, "epoch", default=0),
-    end_ramp=Param(int, "epoch", default=0),
+    start_ramp=Param(EPOCH, "epoch", default=0),
+    end_ramp=Param(EPOCH, "epoch", default=0),
 )
 Section("data", "files of write_imagenet.sh", CONFIG).params(
     train_dataset=Param(str, ".ffcv file", required=True),
@@ -59,7 +61,7 @@ Section("data", "files of write_imagenet.sh", CONFIG).params(
 Section("lr", "learning rate: 1.7 * global batch / 4096 for ResNet50", CONFIG).params(
     lr=Param(And(float, InRange(min=0)), "peak", default=0.5),
     lr_schedule_type=Param(OneOf(["step", "cyclic", "constant"]), "shape", default="cyclic"),
-    lr_peak_epoch=Param(int, "cyclic: epoch of the peak", default=2),
+    lr_peak_epoch=Param(EPOCH, "cyclic: epoch of the peak", default=schedules.PEAK),
     step_ratio=Param(And(float, InRange(min=0)), "step: factor", default=0.1),
     step_length=Param(COUNT, "step: epochs between steps", default=30),
 )
@@ -131,6 +133,8 @@ def validate_only(trainer, val):
 def run_folder(settings):
     """Named by --logging.name, by torchrun (so that its restart finds the folder), or by a new uuid."""
     name = settings.logging.name or launch.torchrun_name() or str(uuid.uuid4())
+    if "/" in name or name in (".", ".."):
+        raise InputError(f"--logging.name={name}: give a name alone; --logging.folder says where")
     return Path(settings.logging.folder) / name
 
 
@@ -141,6 +145,7 @@ def check(settings, spec):
         raise InputError("--training.eval_only=1 and --training.path=<weights> go together")
     if settings.training.precision == "fp16" and settings.training.device == "cpu":
         raise InputError("--training.precision=fp16: on a CPU use fp32 or bf16")
+    schedules.check(settings)
     check_resolutions(settings, spec)
     images = check_file(settings.data.train_dataset, spec["num_classes"])
     check_file(settings.data.val_dataset, spec["num_classes"])

@@ -12,8 +12,7 @@ import tempfile
 from pathlib import Path
 
 from measure import machine, seconds, watch
-
-from retrieval import SHORTLIST, SMALL, D, write_world
+from retrieval_speed import SHORTLIST, SMALL, D, write_world
 
 COMMANDS = {
     "shortlist at 16": f"search --sizes {SMALL} --k {SHORTLIST}",

@@ -5,9 +5,12 @@
 
 stages.py writes them with what neighbors.py and rerank.py find, and reads them again to re-rank and to judge.
 """
+import fcntl
 import os
 import re
+import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,16 +63,14 @@ def parse_list_file(path):
     return None
 
 
-def list_files(folder, dataset, model):
-    """-> {path: recipe} of all lists of a data set and model, our names and the original's, .npy before .csv."""
+def list_files(folder, dataset, model, wanted=lambda path, recipe: True):
+    """-> {path: recipe} of the wanted lists of a data set and model, our names and the original's, .npy before .csv."""
     found = {}
     for kind in ("", "reranked", "funnel_retrieval"):
         for path in sorted((Path(folder) / "neighbors" / kind / model).glob("[!.]*.[nc][ps][yv]"), reverse=True):
             recipe, its_dataset = parse_list_file(path) or (None, None)
-            if its_dataset == dataset and recipe not in found.values():
+            if its_dataset == dataset and recipe not in found.values() and wanted(path, recipe):
                 found[path] = recipe
-    if not found:
-        raise InputError(f"{Path(folder) / 'neighbors'}: no lists of {dataset}, {model}; retrieve.py search makes them")
     return dict(sorted(found.items(), key=lambda item: (min(len(item[1].rerank_dims), 2), item[1])))
 
 
@@ -114,6 +115,24 @@ def write_list(path, record, shape, find, chunk, **measured):
             os.replace(partial, temporary)
     partial.unlink(missing_ok=True)
     record_file(partial).unlink()
+
+
+@contextmanager
+def one_at_a_time(path):
+    """Only one process is in the block for the same path; others wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    with open(lock, "w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{path.name}: waiting for the process that makes it", file=sys.stderr)
+            fcntl.flock(held, fcntl.LOCK_EX)
+        except OSError as error:
+            print(f"{lock}: no locks on this file system ({error.strerror}); start one process at a time",
+                  file=sys.stderr)
+        yield
+    lock.unlink(missing_ok=True)      # where the block ended well: who waited finds what it made
 
 
 def begun(partial, record, shape):

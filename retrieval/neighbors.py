@@ -4,8 +4,10 @@
 
 xb [n, D] database and xq [q, D] queries are float32 or float16, not normalised, and may be memory-mapped. Prefixes are
 cut to unit length here, so that the squared L2 distance is 2 - 2 cosine. D [q, k] float32 squared distances, nearest
-first; I [q, k] int64 database rows. A graph keeps efSearch >= k candidates, so that it fills its lists; where it finds
-too few even so (many equal vectors, as at size 1), the rest is -1 at distance inf.
+first; I [q, k] int64 database rows. Exact search tells squared distances apart that differ by 2e-7 or more, as float32
+products do: closer ones (copies of an image; much of a large database at sizes 1 and 2) come in any order. A graph
+keeps efSearch >= k candidates, so that it fills its lists; where it finds too few even so (many equal vectors, as at
+size 1), the rest is -1 at distance inf.
 stages.py writes what comes out of here to files.
 """
 import operator
@@ -83,8 +85,7 @@ def searcher(xb, retrieval_dim, index="exactl2", file=None, record=None, device=
     device = choose_device(device)
     if not 0 < memory_gb < np.inf:
         raise InputError(f"memory_gb={memory_gb}: must be more than 0")
-    block = max(1, int(memory_gb * 1e9) // (4 * retrieval_dim))
-    streamed = index == "exactl2" and len(xb) > block
+    streamed, block = in_blocks(xb, retrieval_dim, index, memory_gb)
     built = None if streamed else built_index(xb, retrieval_dim, index, file, record)
     flat = None if streamed or index != "exactl2" else vectors(built) if device == "cpu" else on_gpu(vectors(built))
 
@@ -97,6 +98,12 @@ def searcher(xb, retrieval_dim, index="exactl2", file=None, record=None, device=
         return exact(unit_blocks(xb, retrieval_dim, block) if streamed else [(0, flat)], q, k, device)
 
     return find
+
+
+def in_blocks(xb, dim, index, memory_gb):
+    """-> (is the database read in blocks, for each search anew?; their rows)."""
+    block = max(1, int(memory_gb * 1e9) // (4 * dim))
+    return index == "exactl2" and len(xb) > block, block
 
 
 def unit_blocks(xb, dim, block):
@@ -114,6 +121,7 @@ def exact(blocks, q, k, device):
     for lo, block in blocks:
         S, I = products(q, block, min(k, len(block)), device)
         heap.add_result(S, I + lo)
+        del block                             # before the next one is made: one at a time in memory
     heap.finalize()
     return np.maximum(2 - 2 * heap.D, 0), heap.I
 
@@ -178,6 +186,8 @@ def build(xb, new, prepare, file=None, record=None):
     It is kept in `file` every minute, so that an interrupted build is completed.
     """
     index, saved = read_index(file) if file and fits(file, record) else new(), time.monotonic()
+    for store in stores(index):
+        reserve(store, len(xb))
     with tqdm(total=len(xb), initial=index.ntotal, desc="index", unit="row", delay=2, leave=False) as bar:
         for lo in range(index.ntotal, len(xb), ROWS):
             rows = prepare(lo, xb[lo:lo + ROWS])
@@ -187,6 +197,23 @@ def build(xb, new, prepare, file=None, record=None):
                 write_index(index, file, record)
                 saved = time.monotonic()
     return index
+
+
+def stores(index):
+    """-> the parts of an index that keep all vectors."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return stores(index.index)
+    if isinstance(index, faiss.IndexRefine):
+        return stores(index.base_index) + stores(index.refine_index)
+    return stores(index.storage) if isinstance(index, faiss.IndexHNSW) else [index]
+
+
+def reserve(store, n):
+    """Memory for n vectors at once. As FAISS adds them it would double it again and again, and hold old and new."""
+    filled = store.codes.size()
+    store.codes.resize(n * store.code_size)
+    store.codes.resize(filled)
 
 
 def write_index(index, file, record):

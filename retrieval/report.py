@@ -5,23 +5,26 @@
 Reads embeddings through stages.py, which keeps every list it makes, so that an interrupted report goes on. Beside
 ImageNet-1K and -4K results stand the paper's own (paper_curves.csv: tables 2, 8, 10-14 and figure 8).
 """
+import sys
 from itertools import combinations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import LogLocator, NullFormatter
 from metrics import KS
 from neighbors import NoDirectionError
-from stages import all_sizes, open_data, open_labels, reranked, score, searched
+from stages import all_sizes, open_data, open_labels, reranked, score, searched_at_least
 
-from MRL import replacing
+from MRL import InputError, replacing
 
 PAPER = Path(__file__).with_name("paper_curves.csv")
 IMAGENET_CLASSES = {"1K": 1000, "4K": 4202}
 STYLES = [{"linestyle": "-", "marker": "o"}, {"linestyle": "--", "marker": "o", "fillstyle": "none"},
           {"linestyle": ":", "marker": "o", "fillstyle": "right"}]                       # one for each index
 METHODS = {"single-shot": ("C0", "o", 6), "adaptive": ("C1", "D", 4), "funnel": ("C2", "*", 11)}
+DRAWN = 10                  # the k of the pictures' mAP
 MODEL_NAMES = {"mrl": "MRL", "mrl_e": "MRL-E", "ff": "FF"}
 LONG, SHORT = (800, 400, 200, 50, 10), (200, 100, 50, 25, 10)
 # The place of the first size among all sizes, and the lengths of the lists (tables 13 and 14).
@@ -31,8 +34,9 @@ FUNNELS = {"4K": [(2, LONG), (3, LONG)], "others": [(0, LONG), (1, SHORT), (2, S
 def report(task, indexes=("exactl2",), sizes=None, shortlist=200, ks=KS):
     """-> a table, one row for each way of retrieving; also written, with its pictures, to <output>/report/.
 
-    sizes: None is all that inference noted. shortlist: of the adaptive grid. ks: of the metrics.
+    sizes: None is all that inference noted. shortlist: of the adaptive grid. ks: of the metrics; 10 is always there.
     """
+    ks = sorted({DRAWN, *ks})
     rows = [score(task, file, ks) for index in indexes
             for file in lists(task._replace(index=index), sizes, shortlist, ks)]
     table, paper = pd.DataFrame(rows), paper_table(task)
@@ -56,24 +60,28 @@ def write_table(table, path):
 def lists(task, sizes, shortlist, ks):
     """Yield the files of all lists of the study, made where they are not there."""
     n = len(open_data(task, min(sizes or all_sizes(task))).xb)
+    if n < DRAWN:
+        raise InputError(f"the database has {n} vectors; a report judges the first {DRAWN} neighbours")
     shortlist = min(shortlist, n)
-    done = dict(single_shot(task, sizes, k=max(shortlist, *(min(k, n) for k in ks))))
+    k = max(shortlist, *(min(k, n) for k in ks))
+    done = dict(single_shot(task, sizes, lambda size: searched_at_least(task, size, k)))
     yield from done.values()
     if task.model != "ff":
         for recipe in recipes(list(done), task.dataset, shortlist, n):
             yield reranked(task, *recipe)
 
 
-def single_shot(task, sizes, k):
-    """Yield (size, file). A default size at which some vector is zero is left out and named, but not the largest."""
+def single_shot(task, sizes, made):
+    """Yield (size, made(size)). A default size at which some vector is zero is left out and named; not the largest."""
     wanted = sorted(set(sizes or all_sizes(task)))
+    open_data(task, wanted[-1])               # a size past the width is said before the others are searched
     for size in wanted:
         try:
-            yield size, searched(task, size, k)
+            yield size, made(size)
         except NoDirectionError as error:
             if sizes or size == wanted[-1]:
                 raise
-            print(f"size {size} left out: {error}")
+            print(f"size {size} left out: {error}", file=sys.stderr)
 
 
 def recipes(sizes, dataset, shortlist, n):
@@ -128,14 +136,28 @@ def draw_costs(table, paper, task):
         for (index, rows), style in zip(table.groupby("index"), STYLES, strict=False):
             draw_methods(axes, rows, cost, index, style)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.margins(x=0.08)
         axes.grid(alpha=0.3)
     if len(paper):
         both[0].plot(paper.mflops, 100 * paper["mAP@10"], "x", color="black", label="the paper's")
     both[0].set(xlabel="MFLOPs per query", ylabel="mAP@10 (%)")
     both[1].set(xlabel="milliseconds for one query, measured")
     both[0].legend()
-    figure.suptitle(f"{task.dataset}, {MODEL_NAMES[task.model]}: single-shot (with its sizes), adaptive, funnel")
+    spread_out(both[0])
+    n = len(open_data(task, min(all_sizes(task))).xb)
+    figure.suptitle(f"{task.dataset}, {MODEL_NAMES[task.model]}, {n:,} database vectors: "
+                    "single-shot (with its sizes), adaptive, funnel")
     return figure
+
+
+def spread_out(axes, points=5):
+    """At least so many points of accuracy from bottom to top: less would look like more than it is."""
+    low, high = axes.get_ylim()
+    more = max(0, points - (high - low)) / 2
+    axes.set_ylim(low - more, high + more)
 
 
 def draw_methods(axes, table, cost, index, style):

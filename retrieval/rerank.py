@@ -34,13 +34,17 @@ def rerank(xb, xq, I, rerank_dim, shortlist, first=0):
 
 def funnel(xb, xq, I, rerank_dims, shortlists, first=0):
     """-> [q, shortlists[-1]]: `rerank` at each size in turn, each on the survivors of the one before."""
+    check_funnel(rerank_dims, shortlists)
+    for dim, shortlist in zip(rerank_dims, shortlists, strict=True):
+        I = rerank(xb, xq, I, dim, shortlist, first)
+    return I
+
+
+def check_funnel(rerank_dims, shortlists):
     if len(rerank_dims) != len(shortlists) or not len(shortlists):
         raise InputError(f"a funnel needs as many sizes as shortlists, got {list(rerank_dims)} and {list(shortlists)}")
     if any(b > a for a, b in pairwise(shortlists)):
         raise InputError(f"the shortlists of a funnel must not grow: {list(shortlists)}")
-    for dim, shortlist in zip(rerank_dims, shortlists, strict=True):
-        I = rerank(xb, xq, I, dim, shortlist, first)
-    return I
 
 
 def check(xb, xq, I, dim, shortlist):
@@ -55,7 +59,8 @@ def check(xb, xq, I, dim, shortlist):
 def cosines(xb, xq, I, dim, first):
     """-> [q, s] float32 cosine of each query and candidate on the first dim numbers; -inf where I is -1."""
     candidates, xq = I.ravel().astype(np.int64), read_only(np.ascontiguousarray(xq, np.float32))
-    refuse(~(np.einsum("qd,qd->q", xq[:, :dim], xq[:, :dim]) > 0), first + np.arange(len(xq)), "the queries", dim)
+    squares = np.einsum("qd,qd->q", xq[:, :dim], xq[:, :dim])
+    refuse(~(np.isfinite(squares) & (squares > 0)), first + np.arange(len(xq)), "the queries", dim)
     values = np.full(candidates.size, -np.inf, np.float32)
     pairs = in_row_order(candidates, len(xb))
     step = PAIRS if in_place(xb) else COPIED_PAIRS

@@ -16,10 +16,9 @@ import argparse
 import pandas as pd
 from arrays import MODELS
 from metrics import KS
-from neighbor_lists import list_files
 from neighbors import INDEXES
-from report import in_per_cent, report, report_file, write_table
-from stages import Task, all_sizes, reranked, score, searched, serving_index
+from report import in_per_cent, report, report_file, single_shot, write_table
+from stages import Task, reranked, score, scores, searched, serving_index
 
 from MRL import command_line, number
 
@@ -70,7 +69,7 @@ def add_funnel(command):
 
 def add_stages(command, how):
     command.add_argument("--retrieval_dim", type=COUNT, required=True, help="size of the first stage: D_s")
-    command.add_argument("--k", type=COUNT, help="length of its list (as long as needed)")
+    command.add_argument("--k", type=COUNT, help="length of its list (what is there, if long enough)")
     command.add_argument("--rerank_dims", type=COUNT, nargs="+", required=True, help=f"to re-rank at, {how}")
 
 
@@ -93,8 +92,8 @@ def add_index(command):
 
 def search_command(task, args):
     """the k nearest neighbours at each size"""
-    for size in args.sizes or all_sizes(task):
-        print(searched(task, size, args.k))
+    for _, file in single_shot(task, args.sizes, lambda size: searched(task, size, args.k)):
+        print(file)
 
 
 def rerank_command(task, args):
@@ -111,8 +110,8 @@ def funnel_command(task, args):
 
 def metrics_command(task, args):
     """mAP, precision, recall, top-k, MFLOPs and time of neighbour lists"""
-    files = args.lists or list_files(task.output, task.dataset, task.model)
-    table = pd.DataFrame([score(task, file, args.ks) for file in files])
+    rows = [score(task, file, args.ks) for file in args.lists] if args.lists else scores(task, args.ks)
+    table = pd.DataFrame(rows)
     print(in_per_cent(table))
     write_table(table, report_file(task, "metrics.csv"))
 

@@ -12,6 +12,8 @@ from neighbors import EF_SEARCH, build, check_sizes, new_index, read_index, unit
 
 from MRL import InputError
 
+K = 10      # neighbours for which an index re-ranks as many candidates as it was told: 2 K asked for, twice as many
+
 
 def adaptive_index(xb, retrieval_dim, rerank_dim=None, index="hnsw32", shortlist=200, storage="float32",
                    file=None, record=None):
@@ -24,8 +26,9 @@ def adaptive_index(xb, retrieval_dim, rerank_dim=None, index="hnsw32", shortlist
     """
     retrieval_dim = check_sizes(xb, retrieval_dim, index)
     rerank_dim = check_sizes(xb, rerank_dim or xb.shape[1])
-    if not 1 <= shortlist <= len(xb):
-        raise InputError(f"shortlist={shortlist} is not between 1 and the {len(xb)} vectors of the database")
+    if not K <= shortlist <= min(len(xb), 1000 * K):      # FAISS keeps it as a factor of k, from 1 to 1,000
+        raise InputError(f"shortlist={shortlist} is not between {K} and {min(len(xb), 1000 * K)} "
+                         f"(the database has {len(xb)} vectors)")
     return build(xb, lambda: new_adaptive_index(xb.shape[1], retrieval_dim, rerank_dim, index, shortlist, storage),
                  lambda lo, rows: checked(rows, retrieval_dim, rerank_dim, first=lo), file, record)
 
@@ -35,7 +38,7 @@ def new_adaptive_index(width, retrieval_dim, rerank_dim, kind, shortlist, storag
     if kind != "exactl2":
         first.hnsw.efSearch = max(shortlist, EF_SEARCH)
     refine = faiss.IndexRefine(of_prefix(rerank_dim, first), vectors_kept_as(storage, rerank_dim))
-    refine.k_factor = shortlist / 10
+    refine.k_factor = shortlist / K
     # Through bytes: the copy owns its parts, of which Python would free some too early.
     return faiss.deserialize_index(faiss.serialize_index(of_prefix(width, refine)))
 
@@ -71,6 +74,8 @@ def adaptive_search(index, xq, k, shortlist=200):
     """-> D [q, k], I [q, k] from one call; any shortlist >= k."""
     if not 1 <= k <= shortlist <= index.ntotal:
         raise InputError(f"k={k}, shortlist={shortlist}: must be 1 <= k <= shortlist <= {index.ntotal} vectors")
+    if shortlist > 1000 * k:
+        raise InputError(f"k={k}, shortlist={shortlist}: FAISS re-ranks at most 1,000 k candidates")
     if xq.shape[1] != index.d:
         raise InputError(f"the queries have {xq.shape[1]} dimensions, the index {index.d}")
     second = faiss.downcast_index(index.index)
@@ -80,4 +85,5 @@ def adaptive_search(index, xq, k, shortlist=200):
     # FAISS cuts k * k_factor to an integer: the half keeps it from falling below the shortlist.
     refine = faiss.IndexRefineSearchParameters(
         k_factor=(shortlist + 0.5) / k, base_index_params=faiss.SearchParametersPreTransform(index_params=graph))
-    return index.search(queries, k, params=faiss.SearchParametersPreTransform(index_params=refine))
+    D, I = index.search(queries, k, params=faiss.SearchParametersPreTransform(index_params=refine))
+    return np.where(I < 0, np.inf, D), I

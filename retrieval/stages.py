@@ -8,6 +8,7 @@
 A list that is there and fits the embeddings is not made again. retrieve.py (the command line), report.py and the
 notebooks call these functions.
 """
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,14 +27,15 @@ from arrays import (
     record_file,
 )
 from metrics import KS, mflops_per_query, milliseconds, retrieval_metrics
-from neighbor_lists import Recipe, list_file, parse_list_file, read_list, write_list
-from rerank import funnel
+from neighbor_lists import Recipe, list_file, list_files, one_at_a_time, parse_list_file, read_list, write_list
+from rerank import check_funnel, funnel
 
 from MRL import InputError, default_nesting_list, read_json
 
 SEARCH_QUERIES = 8192             # a chunk of a search: what an interruption can lose
 RERANK_CANDIDATES = 2 ** 24       # a chunk of a re-ranking: each chunk goes through the database file once
 UNKNOWN = {"seconds": np.nan, "ms": np.nan}       # what it took to make a list that has no record
+EVAL_CONFIGS = {"vanilla": "single-shot", "reranking": "adaptive", "funnel": "funnel", "all": ""}    # the original's
 
 
 class Task(NamedTuple):
@@ -94,43 +96,83 @@ def searched(task, retrieval_dim, k=None):
                                   task.device, task.memory_gb)
         return lambda lo, hi: find(data.xq[lo:hi], k, lo)[1]
 
-    return there_or_made(task, data, Recipe(task.index, retrieval_dim, k), (len(data.xq), k), prepare, SEARCH_QUERIES)
+    return there_or_made(task, data, Recipe(task.index, retrieval_dim, k), (len(data.xq), k), prepare,
+                         queries_at_a_time(task, data, retrieval_dim, k))
+
+
+def queries_at_a_time(task, data, retrieval_dim, k):
+    """As many as half of memory_gb holds, with their lists, where each chunk reads the whole database again."""
+    streamed, _ = neighbors.in_blocks(data.xb, retrieval_dim, task.index, task.memory_gb)
+    held = int(task.memory_gb / 2 * 1e9) // (4 * retrieval_dim + 32 * k)      # the lists so far and a block's, merged
+    return max(SEARCH_QUERIES, held) if streamed else SEARCH_QUERIES
+
+
+def searched_at_least(task, retrieval_dim, k):
+    """-> the shortest list there is of k neighbours or more; where there is none, one of k is made."""
+    data = open_data(task, retrieval_dim)
+    there = list_files(task.output, task.dataset, task.model, lambda file, recipe: (
+        recipe[:2] == (task.index, retrieval_dim) and not recipe.rerank_dims and recipe.k >= k
+        and usable(file, data.record)))
+    return min(there, key=lambda file: there[file].k) if there else searched(task, retrieval_dim, k)
 
 
 def reranked(task, retrieval_dim, rerank_dims, shortlists, k=None):
     """-> the file of the list at retrieval_dim re-ranked at each of rerank_dims, keeping ever fewer.
 
-    k: the length of the list to begin with; as long as needed when None.
+    k: the length of the list to begin with; None takes what is there, if it is long enough.
     """
-    if task.model == "ff":
-        raise InputError("fixed features of two sizes come from two models: re-ranking needs mrl or mrl_e")
     rerank_dims, shortlists = tuple(rerank_dims), tuple(shortlists)
-    k = shortlists[0] if k is None else k
-    source = searched(task, retrieval_dim, k)
+    check_stages(task, rerank_dims, shortlists, k)
     data = open_data(task, max((retrieval_dim, *rerank_dims)))
+    source = searched(task, retrieval_dim, k) if k else searched_at_least(task, retrieval_dim, shortlists[0])
     I = read_list(source, len(data.xb), len(data.xq))
-    before = read_json(record_file(source)) or UNKNOWN
 
     def prepare():
         return lambda lo, hi: funnel(data.xb, data.xq[lo:hi], I[lo:hi], rerank_dims, shortlists, lo)
 
-    recipe = Recipe(task.index, retrieval_dim, k, rerank_dims, shortlists)
+    recipe = Recipe(task.index, retrieval_dim, I.shape[1], rerank_dims, shortlists)
     return there_or_made(task, data, recipe, (len(data.xq), shortlists[-1]), prepare,
-                         max(1, RERANK_CANDIDATES // shortlists[0]), before)
+                         max(1, RERANK_CANDIDATES // shortlists[0]), source)
 
 
-def there_or_made(task, data, recipe, shape, prepare, chunk, before=None):
-    """The file of a list: there and fitting, else made, with the measured time (and that of the list before it)."""
+def check_stages(task, rerank_dims, shortlists, k=None):
+    """InputError for what would only fail after the search."""
+    if task.model == "ff":
+        raise InputError("fixed features of two sizes come from two models: re-ranking needs mrl or mrl_e")
+    check_funnel(rerank_dims, shortlists)
+    if k and k < shortlists[0]:
+        raise InputError(f"k={k}: the list to begin with is shorter than the shortlist, {shortlists[0]}")
+
+
+def there_or_made(task, data, recipe, shape, prepare, chunk, source=None):
+    """The file of a list: there and fitting, else made, with its measured time and that of its source list."""
     record = data.record | recipe._asdict()
+    if source:
+        record["source"] = {"file": source.name, "written_ns": source.stat().st_mtime_ns}
+    if there := list_there(task, recipe, record):
+        return there
+    file = list_file(task.output, recipe, task.dataset, task.model, ".csv" if task.csv else ".npy")
+    with one_at_a_time(file):
+        if not usable(file, record):
+            find = prepare()
+            write_list(file, record, shape, find, chunk, ms=milliseconds(lambda i: find(i, i + 1), shape[0]),
+                       before=time_of(source) if source else None)
+    return file
+
+
+def list_there(task, recipe, record):
+    """-> the file of a list that fits its record; None if there is none."""
     for ending in (".csv",) if task.csv else (".npy", ".csv"):
         for file in spellings(list_file(task.output, recipe, task.dataset, task.model, ending)):
             if usable(file, record):
                 return file
-    find = prepare()
-    file = list_file(task.output, recipe, task.dataset, task.model, ".csv" if task.csv else ".npy")
-    ms = milliseconds(lambda i: find(i, i + 1), shape[0])
-    write_list(file, record, shape, find, chunk, ms=ms, before=before and {key: before[key] for key in UNKNOWN})
-    return file
+    return None
+
+
+def time_of(file):
+    """-> what it took to make a list: seconds for all queries, ms for one."""
+    record = read_json(record_file(file)) or UNKNOWN
+    return {key: record[key] for key in UNKNOWN}
 
 
 def spellings(file):
@@ -156,6 +198,8 @@ def index_file(task, data, dim, suffix=""):
 
 def serving_index(task, retrieval_dim, rerank_dim=None, shortlist=200, storage="float32"):
     """-> (file, index): adaptive retrieval as one FAISS index, built if it is not there."""
+    if rerank_dim not in (None, retrieval_dim):
+        check_stages(task, [rerank_dim], [shortlist])
     data = open_data(task, rerank_dim or retrieval_dim)
     rerank_dim = rerank_dim or data.xb.shape[1]
     stages = {"rerank_dim": rerank_dim, "shortlist": shortlist, "storage": storage}
@@ -166,6 +210,37 @@ def serving_index(task, retrieval_dim, rerank_dim=None, shortlist=200, storage="
 
 # ------------------------------------------------------------------------------------------------ scores
 
+def scores(task, ks=KS, eval_config="all"):
+    """-> one row (see `score`) for each list there is. Lists of other embeddings are left out, and named.
+
+    eval_config: vanilla, reranking, funnel or all, the original's words for which lists.
+    """
+    if eval_config not in EVAL_CONFIGS:
+        raise InputError(f"unknown eval_config {eval_config!r}: {', '.join(EVAL_CONFIGS)}")
+    all_sizes(task)                           # where there are no embeddings at all, no list is to blame
+    files = list_files(task.output, task.dataset, task.model, lambda file, recipe: (
+        EVAL_CONFIGS[eval_config] in ("", method(recipe)) and not left_out(task, file, recipe)))
+    if not files:
+        raise InputError(f"{Path(task.output) / 'neighbors'}: no lists of {task.dataset}, {task.model} "
+                         f"({eval_config}) that fit the embeddings; retrieve.py search makes them")
+    return [score(task, file, ks) for file in files]
+
+
+def left_out(task, file, recipe):
+    """Was a list made from other embeddings? Says so."""
+    try:
+        fit = usable(file, open_data(task, largest(recipe)).record)
+    except InputError:                        # a size that these embeddings do not have
+        fit = False
+    if not fit:
+        print(f"{file} left out: made from other embeddings than those in {task.embeddings}", file=sys.stderr)
+    return not fit
+
+
+def largest(recipe):
+    return max((recipe.retrieval_dim, *recipe.rerank_dims))
+
+
 def score(task, file, ks=KS):
     """-> one row of a table: what a list is, its accuracy (fractions), its cost. ks past its end are left out."""
     file, (recipe, dataset) = Path(file), parse_list_file(file) or (None, None)
@@ -175,24 +250,24 @@ def score(task, file, ks=KS):
         raise InputError(f"{file}: a list of {dataset}, not of {task.dataset}; give --dataset {dataset}")
     if not file.is_file():
         raise InputError(f"{file}: no such file; retrieve.py search makes it")
-    data = open_data(task, max((recipe.retrieval_dim, *recipe.rerank_dims)))
+    data = open_data(task, largest(recipe))
     if not usable(file, data.record):
         raise InputError(f"{file}: made from other embeddings than those in {task.embeddings}; make it again")
     I = read_list(file, len(data.xb), len(data.xq))
-    scores = retrieval_metrics(*open_labels(data), I, [1, *(k for k in ks if k <= I.shape[1])])
-    return describe(recipe, len(data.xb)) | flat(scores) | measured(file, len(I))
+    ks = [k for k in ks if k <= I.shape[1]]
+    found = retrieval_metrics(*open_labels(data), I, [1, *ks])
+    accuracy = {f"{name}@{k}": value for k in ks for name, value in found[k].items()}
+    return describe(recipe, len(data.xb)) | {"top1": found[1]["topk"]} | accuracy | measured(file, len(I))
+
+
+def method(recipe):
+    return ("single-shot", "adaptive", "funnel")[min(len(recipe.rerank_dims), 2)]
 
 
 def describe(recipe, n):
-    method = ("single-shot", "adaptive", "funnel")[min(len(recipe.rerank_dims), 2)]
-    return {"method": method, "index": recipe.index, "retrieval_dim": recipe.retrieval_dim,
+    return {"method": method(recipe), "index": recipe.index, "retrieval_dim": recipe.retrieval_dim,
             "rerank_dims": ",".join(map(str, recipe.rerank_dims)), "shortlists": ",".join(map(str, recipe.shortlists)),
             "mflops": mflops_per_query(n, recipe.retrieval_dim, recipe.rerank_dims, recipe.shortlists)}
-
-
-def flat(scores):
-    return {"top1": scores.pop(1)["topk"]} | {f"{name}@{k}": value for k, by_name in scores.items()
-                                              for name, value in by_name.items()}
 
 
 def measured(file, queries):

@@ -84,6 +84,22 @@ def test_memory_of_a_dump_does_not_grow_with_the_number_of_images(run):
     assert float(re.search(r"difference: (-?[\d.]+) MB", done.stdout)[1]) < 20
 
 
+def test_retrieval_speed(run):
+    """It asserts that the plain loops find the same neighbours and give the same numbers."""
+    shown = run("benchmarks", "retrieval_speed.py --n 2500 --queries 20 --classes 30 --rounds 1",
+                env={"PYTHONPATH": "../retrieval"}).stdout
+    ratios = re.findall(rf"^(\S.*?)  +({NUMBER}) +({NUMBER}) +({NUMBER}) \(", shown, re.M)
+    assert len(ratios) == 9
+    for name, *numbers in ratios:
+        assert all(float(number) > 0 for number in numbers), name
+    assert float(re.search(rf"overlap@10 .*: ({NUMBER})", shown)[1]) > 0.9
+
+
+def test_retrieval_scale(run):
+    shown = run("benchmarks", "retrieval_scale.py --n 3000 --queries 20", env={"PYTHONPATH": "../retrieval"}).stdout
+    assert [float(gb) < 1 for gb in re.findall(rf"peak private memory ({NUMBER}) GB", shown)] == [True] * 3
+
+
 def test_analysis(run):
     """It asserts that the plain loops give the same numbers before it times anything."""
     shown = run("benchmarks", "analysis.py --images 1000 --rounds 1", env={"PYTHONPATH": "../model_analysis"}).stdout

@@ -55,11 +55,17 @@ def test_mflops_are_the_papers(n, dim, dims, lists, expected):
 
 
 def test_milliseconds_is_the_median_of_single_queries(monkeypatch):
-    clock = iter([0, 0, 0.001, 0.001, 0.001, 0.004, 0.004, 0.004, 0.006])   # start; then (limit), begin, end each
+    clock = iter([0, 9, 0, 0, 0.001, 0.001, 0.001, 0.004, 0.004, 0.004, 0.006])   # warm-up, start; (limit), begin, end
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     asked = []
     assert milliseconds(asked.append, queries=3) == pytest.approx(2)
     assert asked == [0, 0, 1, 2]                                        # the first is the warm-up
+
+
+def test_milliseconds_of_a_search_that_reads_a_large_file_are_those_of_the_first(monkeypatch):
+    clock, asked = iter([0, 31]), []
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    assert milliseconds(asked.append, queries=3) == 31_000 and asked == [0]
 
 
 def test_milliseconds_stops_after_its_time():

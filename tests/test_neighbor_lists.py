@@ -1,8 +1,11 @@
 """neighbor_lists.py: names, reading the original's CSV, and lists that are made in resumable chunks."""
+import threading
+import time
+
 import numpy as np
 import pytest
 from arrays import read_json, record_file
-from neighbor_lists import Recipe, list_file, list_files, parse_list_file, read_list, write_list
+from neighbor_lists import Recipe, list_file, list_files, one_at_a_time, parse_list_file, read_list, write_list
 
 from MRL import InputError, write_json
 
@@ -43,9 +46,33 @@ def test_the_originals_csv_is_read(tmp_path):
     assert read_list(tmp_path / "a.csv", n=4, q=2).tolist() == [[3, 0, -1], [1, 2, 0]]
 
 
-def test_no_lists_at_all_is_said(tmp_path):
-    with pytest.raises(InputError, match=r"no lists of V2, mrl; retrieve.py search"):
-        list_files(tmp_path, "V2", "mrl")
+def test_a_list_that_is_not_wanted_does_not_hide_another_of_its_recipe(tmp_path):
+    file = list_file(tmp_path, Recipe("exactl2", 16, 20), "1K", "mrl")
+    file.parent.mkdir(parents=True)
+    for path in (file, file.with_suffix(".csv")):
+        path.write_text("")
+    assert list(list_files(tmp_path, "1K", "mrl")) == [file]
+    assert list(list_files(tmp_path, "1K", "mrl", lambda path, _: path.suffix == ".csv")) == [file.with_suffix(".csv")]
+    assert list_files(tmp_path, "V2", "mrl") == {}
+
+
+def test_one_process_at_a_time_makes_a_list(tmp_path, capsys):
+    order, inside, path = [], threading.Event(), tmp_path / "neighbors/list.npy"
+
+    def second():
+        inside.wait()
+        with one_at_a_time(path):
+            order.append("second")
+    other = threading.Thread(target=second)
+    other.start()
+    with one_at_a_time(path):
+        inside.set()
+        while "waiting" not in (said := capsys.readouterr().err):
+            time.sleep(0.01)
+        order.append("first")
+    other.join()
+    assert order == ["first", "second"] and said == "list.npy: waiting for the process that makes it\n"
+    assert not any(path.parent.iterdir())
 
 
 @pytest.mark.parametrize("text, complaint", [

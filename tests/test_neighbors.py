@@ -1,4 +1,6 @@
 """neighbors.py: every index type against brute force, on small data of random shapes; blocks equal one pass."""
+import weakref
+
 import neighbors
 import numpy as np
 import pytest
@@ -59,6 +61,32 @@ def test_blocks_equal_one_pass(world, rows):
     assert_nearest(xb, xq, 16, blocks_I, blocks_D)
     np.testing.assert_allclose(blocks_D, D, atol=2e-6)
     assert (np.sort(blocks_I) == np.sort(I)).mean() > 0.999
+
+
+def test_one_block_at_a_time_is_in_memory(world):
+    xb, xq = (neighbors.unit(x, 16) for x in world)
+    given = []
+
+    def blocks():
+        for lo in range(0, 1000, 300):
+            assert all(block() is None for block in given)
+            block = xb[lo:lo + 300].copy()
+            given.append(weakref.ref(block))
+            yield lo, block
+            del block
+    neighbors.exact(blocks(), xq, 5, "cpu")
+    assert len(given) == 4
+
+
+@pytest.mark.parametrize("index", ["exactl2", "hnsw8"])
+def test_an_index_has_its_memory_before_it_grows(world, index):
+    empty = neighbors.new_index(16, index)
+    (store,) = neighbors.stores(empty)
+    neighbors.reserve(store, 1000)
+    before = int(store.codes.data())
+    for lo in range(0, 1000, 100):
+        empty.add(neighbors.unit(world[0][lo:lo + 100], 16))
+    assert int(store.codes.data()) == before and store.codes.size() == 1000 * 64
 
 
 @pytest.mark.parametrize("index", neighbors.INDEXES)

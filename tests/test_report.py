@@ -81,9 +81,26 @@ def test_a_default_size_with_zero_vectors_is_left_out_and_said_so(tmp_path, caps
     retrieval_world.write(tmp_path, (xb, yb, xq, yq), nesting_list=[2, 4, 8])
     task = Task(str(tmp_path), str(tmp_path / "out"))
     assert 2 not in set(report(task, ks=[10]).retrieval_dim)
-    assert "size 2 left out: the database: row 5 is zero" in capsys.readouterr().out
+    assert "size 2 left out: the database: row 5 is zero" in capsys.readouterr().err
     with pytest.raises(InputError, match="row 5 is zero"):
         report(task, sizes=[2, 4])
+
+
+def test_a_report_always_has_map_at_10(tmp_path):
+    retrieval_world.write(tmp_path, retrieval_world.world(100, 10, 8))
+    table = report(Task(str(tmp_path), str(tmp_path / "out")), sizes=[4, 8], ks=[1, 20])
+    assert {"mAP@1", "mAP@10", "mAP@20", "recall@1"} <= set(table.columns)
+    retrieval_world.write(tmp_path, retrieval_world.world(9, 10, 8))
+    with pytest.raises(InputError, match="the database has 9 vectors; a report judges the first 10"):
+        report(Task(str(tmp_path), str(tmp_path / "out")))
+
+
+def test_a_flat_curve_looks_flat(study):
+    task, table = study
+    figure = draw_costs(table.assign(**{"mAP@10": 0.97 + 0.001 * (table.retrieval_dim > 8)}), paper_table(task), task)
+    low, high = figure.axes[0].get_ylim()
+    assert high - low == pytest.approx(5) and low < 97 < high
+    plt.close(figure)
 
 
 def test_fixed_features_are_searched_size_by_size(tmp_path):

@@ -118,7 +118,8 @@ def test_equal_distances_keep_the_order_of_the_list(world):
     (None, 49, 10, "size 49 does not fit"), (None, 0, 10, "size 0 does not fit"),
     (None, 48, 101, "shortlist 101"), ("row", 48, 10, "the database has 3000"), ("queries", 48, 10, "39 queries"),
     ("zero", 48, 100, "the database: row 5 is zero"), ("nan", 48, 100, "the database: row 5 is zero or not finite"),
-    ("zero query", 48, 10, "the queries: row 3 is zero"), ("nan query", 48, 10, "the queries: row 3")])
+    ("zero query", 48, 10, "the queries: row 3 is zero"), ("nan query", 48, 10, "the queries: row 3"),
+    ("inf query", 48, 10, "the queries: row 3")])
 def test_what_does_not_fit_is_refused(world, change, dim, shortlist, complaint):
     xb, xq, I = (array.copy() for array in world)
     I[7, 50] = 5
@@ -129,7 +130,7 @@ def test_what_does_not_fit_is_refused(world, change, dim, shortlist, complaint):
     elif change in ("zero", "nan"):
         xb[5] = 0 if change == "zero" else np.nan
     elif change:
-        xq[3] = 0 if "zero" in change else np.nan
+        xq[3] = {"zero": 0, "nan": np.nan, "inf": np.inf}[change.split()[0]]
     with pytest.raises(InputError, match=complaint):
         rerank(xb, xq, I, dim, shortlist)
 

@@ -46,6 +46,21 @@ def test_adaptive_search_refuses_lengths_that_do_not_fit(world, k, shortlist):
         adaptive_search(adaptive_index(world[0], 8, index="exactl2"), world[1], k, shortlist)
 
 
+@pytest.mark.parametrize("shortlist", [9, 3001])
+def test_a_shortlist_that_faiss_cannot_keep_is_refused(world, shortlist):
+    with pytest.raises(InputError, match=f"shortlist={shortlist} is not between 10 and 3000"):
+        adaptive_index(world[0], 8, index="exactl2", shortlist=shortlist)
+    with pytest.raises(InputError, match="at most 1,000 k candidates"):
+        adaptive_search(adaptive_index(world[0], 8, index="exactl2"), world[1], 2, 2001)
+
+
+def test_places_that_are_not_filled_are_infinitely_far(world):
+    """A graph over equal vectors finds few of them."""
+    xb = np.tile(world[0][:1], (500, 1))
+    D, I = adaptive_search(adaptive_index(xb, 8, index="hnsw8"), world[1][:5], 200)
+    assert (I < 0).any() and np.isinf(D[I < 0]).all() and np.isfinite(D[I >= 0]).all()
+
+
 def test_vectors_without_direction_are_named(world):
     xb, xq = (x.copy() for x in world)
     index = adaptive_index(xb, 16, index="exactl2")

@@ -1,6 +1,7 @@
 """stages.py: from files to files. Lists that fit are used again, stale ones made again, the original's CSV is read."""
 import os
 
+import neighbors
 import numpy as np
 import pytest
 import retrieval_world
@@ -8,7 +9,18 @@ from arrays import read_json, record_file
 from metrics import mflops_per_query
 from neighbor_lists import Recipe, list_file
 from retrieval_world import assert_nearest
-from stages import Task, all_sizes, open_data, open_labels, reranked, score, searched, serving_index
+from stages import (
+    EVAL_CONFIGS,
+    Task,
+    all_sizes,
+    open_data,
+    open_labels,
+    reranked,
+    score,
+    scores,
+    searched,
+    serving_index,
+)
 
 from MRL import InputError
 
@@ -46,6 +58,16 @@ def test_rerank_and_funnel_write_the_originals_names(task, tmp_path):
     assert files_under(tmp_path / "out/neighbors") == [
         "funnel_retrieval/mrl/8dim-cascade[16,24,32]_shortlist[100,30,10]_1K_exactl2.npy",
         "mrl/exactl2_8dim_100shortlist_1K.npy", "reranked/mrl/8dim-reranked32_100shortlist_1K_exactl2.npy"]
+
+
+def test_a_longer_list_that_is_there_is_re_ranked(task, tmp_path):
+    searched(task, 8, 300)
+    among = np.load(searched(task, 8, 100))[:, :50]
+    assert_nearest(XB, XQ, 32, np.load(reranked(task, 8, [32], [50])), among=among)
+    assert read_json(record_file(reranked(task, 8, [32], [50])))["k"] == 100
+    reranked(task, 8, [32], [50], k=60)                                 # as asked for
+    assert [f for f in files_under(tmp_path / "out/neighbors") if f.startswith("mrl")] == [
+        f"mrl/exactl2_8dim_{k}shortlist_1K.npy" for k in (100, 300, 60)]
 
 
 def test_the_default_length_is_2048_or_the_whole_database(task):
@@ -89,6 +111,14 @@ def test_funnels_give_the_same_alone_and_in_sequence(task, tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(alone, in_sequence, strict=True))
 
 
+def test_a_streamed_search_reads_the_database_once_for_many_queries(task, monkeypatch):
+    monkeypatch.setattr("stages.SEARCH_QUERIES", 7)
+    passes, blocks = [], neighbors.unit_blocks
+    monkeypatch.setattr("neighbors.unit_blocks", lambda *of: passes.append(of) or blocks(*of))
+    searched(task._replace(memory_gb=300 * 8 * 4 / 1e9), 8, 2)          # half of it: 50 queries, and their lists
+    assert len(passes) == 1 + 30 + 1                                    # one query at a time, then all
+
+
 def test_streamed_search_gives_the_same_list_and_keeps_no_index(task, tmp_path):
     whole = np.load(searched(task, 8, 20))
     streamed = task._replace(output=str(tmp_path / "streamed"), memory_gb=64 * 8 * 4 / 1e9)
@@ -118,6 +148,14 @@ def test_the_originals_csv_is_read_and_re_ranked(task):
     file = write_csv(task, Recipe("exactl2", 8, 40), I)
     assert searched(task, 8, 40) == file
     assert_nearest(XB, XQ, 32, np.load(reranked(task, 8, [32], [40], k=40)), among=I)
+
+
+def test_a_source_that_was_replaced_is_re_ranked_again(task):
+    recipe = Recipe("exactl2", 8, 40)
+    for first in (50, 200):
+        I = np.tile(np.arange(first, first + 40), (30, 1))
+        write_csv(task, recipe, I)
+        assert_nearest(XB, XQ, 32, np.load(reranked(task, 8, [32], [40])), among=I)
 
 
 def test_the_originals_csv_is_scored(task):
@@ -161,6 +199,27 @@ def test_scores_refuse_a_list_of_other_embeddings(task):
     retrieval_world.write(task.embeddings, retrieval_world.world(400, 30, 32, seed=1))
     with pytest.raises(InputError, match="made from other embeddings"):
         score(task, file)
+
+
+def test_scores_leave_out_lists_of_other_embeddings(task, capsys):
+    old, kept = searched(task, 16, 50), searched(task, 8, 50)
+    retrieval_world.write(task.embeddings, retrieval_world.world(400, 30, 32, seed=1))
+    csv = searched(task._replace(csv=True), 8, 50)
+    assert scores(task, [10]) == [score(task, csv, [10])]
+    said = capsys.readouterr().err
+    assert all(f"{file} left out: made from other embeddings" in said for file in (old, kept))
+    csv.unlink()
+    with pytest.raises(InputError, match=r"no lists of 1K, mrl \(all\) that fit the embeddings"):
+        scores(task)
+
+
+def test_the_originals_words_choose_lists(task):
+    reranked(task, 8, [32], [50]), reranked(task, 8, [16, 32], [50, 12])
+    methods = {word: [row["method"] for row in scores(task, [10], word)] for word in EVAL_CONFIGS}
+    assert methods == {"vanilla": ["single-shot"], "reranking": ["adaptive"], "funnel": ["funnel"],
+                       "all": ["single-shot", "adaptive", "funnel"]}
+    with pytest.raises(InputError, match="unknown eval_config 'adaptive': vanilla, reranking, funnel, all"):
+        scores(task, eval_config="adaptive")
 
 
 def test_imagenetv2_queries_search_1ks_database_and_share_its_index(task, tmp_path):
@@ -215,14 +274,17 @@ def test_the_serving_index_is_kept(task):
     (lambda task: searched(task._replace(index="hnsw16"), 8, 10), "unknown index 'hnsw16'"),
     (lambda task: reranked(task, 8, [64], [10]), "size 64 is past them"),
     (lambda task: reranked(task, 8, [32], [500]), "k=500 is not between"),
-    (lambda task: reranked(task, 8, [32], [50], k=20), "shortlist 50"),
+    (lambda task: reranked(task, 8, [32], [50], k=20), "k=20: the list to begin with is shorter than"),
+    (lambda task: serving_index(task, 8, 64), "size 64 is past them"),
+    (lambda task: serving_index(task, 8, shortlist=5), "shortlist=5 is not between 10 and 400"),
+    (lambda task: serving_index(task._replace(model="ff"), 8, 32), "come from two models"),
     (lambda task: reranked(task, 8, [16, 32], [10, 20]), "must not grow"),
     (lambda task: reranked(task, 8, [16, 32], [10]), "as many sizes as shortlists"),
     (lambda task: score(task, "list.npy"), "the name of a neighbour list says")])
 def test_what_does_not_fit_is_refused_and_leaves_no_list(task, tmp_path, make, complaint):
     with pytest.raises(InputError, match=complaint):
         make(task)
-    assert not any("rerank" in name or "funnel" in name for name in files_under(tmp_path / "out"))
+    assert files_under(tmp_path / "out") == []
 
 
 def test_queries_of_another_width_are_refused(task):

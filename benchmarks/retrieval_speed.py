@@ -1,6 +1,6 @@
 """Retrieval against plain loops and against exact search at full size, on 200,000 x 2,048 and 2,000 queries.
 
-    PYTHONPATH=retrieval python benchmarks/retrieval.py [--folder DIR] [--rounds 5] [--shuffle]
+    PYTHONPATH=retrieval python benchmarks/retrieval_speed.py [--folder DIR] [--rounds 5] [--shuffle]
 
 The embeddings are made up and seeded: 1,000 classes in ImageFolder order, most of the signal in the first numbers, as
 in a Matryoshka representation. Both sides run in turn, round after round, in one process with the same BLAS kernels; a
@@ -23,13 +23,13 @@ from rerank import funnel, rerank
 from serving import adaptive_index, adaptive_search
 from stages import Task, reranked
 
-N, Q, D, CLASSES, SMALL, SHORTLIST = 200_000, 2_000, 2048, 1000, 16, 200
+D, SMALL, SHORTLIST = 2048, 16, 200
 FAISS_BLAS_THRESHOLD = 128_000      # of faiss 1.15; neighbors.py sets 0
 FUNNELS = [([16, 32, 64, 128, 2048], lengths)
            for lengths in ([800, 400, 200, 50, 10], [400, 200, 50, 25, 10], [200, 100, 50, 25, 10])]
 
 
-def write_world(folder, n, q, shuffle=False):
+def write_world(folder, n, q, classes=1000, shuffle=False):
     """Embeddings and labels as inference/ writes them: class means and noise whose size decays along the dimensions.
 
     At 16 dimensions 1-NN is right about 96 % as often as at 2,048, as in the paper's Table 2 (67.9 and 71.1 %).
@@ -37,9 +37,9 @@ def write_world(folder, n, q, shuffle=False):
     """
     rng, place = np.random.default_rng(0), np.arange(D, dtype=np.float32)
     decay = (1 + place / 5) ** -1.5
-    means = rng.standard_normal((CLASSES, D), np.float32) * decay
+    means = rng.standard_normal((classes, D), np.float32) * decay
     for split, count in (("train", n), ("val", q)):
-        y = rng.integers(0, CLASSES, count)
+        y = rng.integers(0, classes, count)
         y = y if shuffle else np.sort(y)
         X = np.lib.format.open_memmap(folder / f"1K_{split}_mrl1_e0_ff{D}-X.npy", "w+", np.float32, (count, D))
         for lo in range(0, count, 8192):
@@ -115,7 +115,7 @@ def plain_end_to_end(folder, output):
 
 def one_at_a_time(answer, xq, count):
     for i in range(count):
-        answer(xq[i:i + 1])
+        answer(xq[i % len(xq):][:1])
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -140,7 +140,8 @@ def check(name, A, B):
 
 def measure(folder, rounds):
     xb, xq = (read_embeddings(folder / f"1K_{split}_mrl1_e0_ff{D}-X.npy") for split in ("train", "val"))
-    yb, yq = (read_labels(folder / f"1K_{split}_mrl1_e0_ff{D}-y.npy", n) for split, n in (("train", N), ("val", Q)))
+    yb, yq = (read_labels(folder / f"1K_{split}_mrl1_e0_ff{D}-y.npy", len(x))
+              for split, x in (("train", xb), ("val", xq)))
     I = searcher(xb, SMALL)(xq, 800)[1].astype(np.int32)
     print(f"\n{'median milliseconds':<52}{'plain':>10} {'ours':>10} {'ratio (min–max)':>24}   target")
     measure_reranking(xb, xq, I, rounds)
@@ -200,20 +201,24 @@ def measure_adaptive(xb, xq, yb, yq, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where the embeddings are, or are to be written and kept")
+    parser.add_argument("--n", type=int, default=200_000)
+    parser.add_argument("--queries", type=int, default=2_000)
+    parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shuffle", action="store_true", help="database rows in random order, not in class order")
     args = parser.parse_args()
     print(f"{machine()}, faiss {faiss.__version__} ({faiss.omp_get_max_threads()} threads, "
           f"{openblas_kernels()} kernels)")
-    folder = args.folder or Path(tempfile.mkdtemp())
-    folder.mkdir(parents=True, exist_ok=True)
+    root = args.folder or Path(tempfile.mkdtemp())
+    folder = root / f"{args.n}_{args.queries}_{args.classes}_{'shuffled' if args.shuffle else 'sorted'}"
     try:
         if not (folder / f"1K_val_mrl1_e0_ff{D}-y.npy").exists():
-            write_world(folder, N, Q, shuffle=args.shuffle)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_world(folder, args.n, args.queries, args.classes, args.shuffle)
         measure(folder, args.rounds)
     finally:
         if args.folder is None:
-            shutil.rmtree(folder)
+            shutil.rmtree(root)
 
 
 if __name__ == "__main__":

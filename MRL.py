@@ -6,6 +6,7 @@
 
     model = load_model("runs/<uuid>/final_weights.pt")    # eval mode; model.spec says what it is
 
+Parts, in order: heads, loss, accuracy, models, checkpoints, files and commands (what every script shares).
 Every folder of the repository imports this file and no other folder.
 Letters used for shapes: N images, D features, C classes, G granularities (nested sizes).
 """

@@ -1,12 +1,15 @@
 """What the documents tell people to type: the code blocks run, and every flag and file they name exists."""
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from image_set import Preparation
+from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from MRL import build_model
+from MRL import NESTING_LIST, build_model
 
 DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")})
 SCRIPTS = {path.name: path for folder in ("train", "inference", "retrieval", "model_analysis", "imagenet-4k", "demo",
@@ -18,9 +21,8 @@ def blocks(text, language=""):
 
 
 def test_use_it_from_other_code(tmp_path, monkeypatch):
-    """The three blocks of that section, one after the other, on a tiny loader and a tiny checkpoint."""
-    section = (ROOT / "README.md").read_text().split("## Use it from other code")[1].split("\n## ")[0]
-    loop, load, cut = blocks(section, "python")
+    """The blocks of that section, one after the other, on a tiny loader and a tiny checkpoint."""
+    loop, load, _, cut = other_code()
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     x, y = torch.randn(40, 3, 32, 32), torch.arange(40) % 10
@@ -39,23 +41,53 @@ def test_use_it_from_other_code(tmp_path, monkeypatch):
     torch.save(model.state_dict(), "final_weights.pt")
     bare = load.replace('"final_weights.pt")', '"final_weights.pt", arch="resnet18", head="mrl")')
     assert bare != load
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 300, 280), np.uint8)
+    world["pictures"] = [Image.fromarray(grey) for grey in pixels]
     exec(bare, world)
-    assert world["features"].shape == (8, 512)
+    as_inference_does = Preparation(256, 224)(world["pictures"][0].convert("RGB"))
+    torch.testing.assert_close(world["images"][0], as_inference_does)
+    assert world["features"].shape == (2, 512)
     assert torch.equal(world["features"], model.eval().to(torch.float32)._modules["avgpool"](
         torch.nn.Sequential(*list(model.children())[:-2])(world["images"])).flatten(1))
     exec(cut, world)
-    assert world["vectors"].shape == (8, 64)
+    assert world["vectors"].shape == (2, 64)
     assert (world["vectors"] ** 2).sum(1) == pytest.approx(1)
+
+
+def test_released_weights_load_as_the_readme_says(tmp_path, monkeypatch):
+    """Files with the names and the layout of the authors'."""
+    monkeypatch.chdir(tmp_path)
+    for head, name in (("mrl", "r50_mrl1_e0_ff2048"), ("mrl_e", "r50_mrl1_e1_ff2048"), ("ff256", "r50_mrl0_e0_ff256")):
+        state = build_model("resnet50", head).state_dict()
+        old = {k.replace(".nesting_classifier_0", "") if head == "mrl_e" else k: v for k, v in state.items()}
+        torch.save({f"module.{k}": v for k, v in old.items()}, f"{name}.pt")
+    world = {}
+    exec(other_code()[2], world)
+    assert [world[name].spec["head"] for name in ("mrl", "mrl_e", "ff256")] == ["mrl", "mrl_e", "ff256"]
+    assert world["mrl"].spec["nesting_list"] == world["mrl_e"].spec["nesting_list"] == NESTING_LIST
+
+
+def other_code():
+    """-> the Python blocks of "Use it from other code": training loop, embeddings, released files, vector database."""
+    section = (ROOT / "README.md").read_text().split("## Use it from other code")[1].split("\n## ")[0]
+    return blocks(section, "python")
 
 
 def commands():
     """(document, script, flags) of each command in a code block or in `code`."""
     for document in DOCUMENTS:
-        text = document.read_text()
+        text = with_variables(document.read_text())
         for code in [*blocks(text, r"\w*"), *re.findall(r"`([^`\n]+)`", text)]:
             for line in re.sub(r"\\\n", " ", code).splitlines():
                 for name, rest in re.findall(r"(?:python|torchrun)\b.*?([\w/]+\.py)(.*)", line):
                     yield document, name.split("/")[-1], set(re.findall(r"--([a-z_][\w.-]*)", rest))
+
+
+def with_variables(text):
+    """A document whose commands have what its COMMON="..." holds in place of $COMMON."""
+    for name, value in re.findall(r'^ *(?:export )?([A-Z]+)="([^"]*)"', text, re.M):
+        text = text.replace(f"${name}", value)
+    return text
 
 
 def test_every_command_of_the_documents_has_a_script_and_its_flags(run):

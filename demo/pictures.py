@@ -20,6 +20,7 @@ from MRL import command_line
 MODEL = "mrl1_e0_ff512"
 SHOWN = (2, 4, 8, 64)      # sizes in the picture of neighbours
 QUERIES, NEIGHBOURS = 8, 4
+GAP = 0.3                  # before the neighbours of a size, in images
 
 
 def accuracies(folder):
@@ -50,13 +51,16 @@ def neighbours(folder):
     (xb, yb), (xq, yq) = (read(folder, split) for split in ("train", "val"))
     database, query_images = (images(folder, split) for split in ("train", "val"))
     queries = hardest(xb, xq, yb, yq)
-    figure = Figure(figsize=(1 + len(SHOWN) * NEIGHBOURS * 0.55, QUERIES * 0.62))
-    first, *others = figure.subplots(QUERIES, 1 + len(SHOWN) * NEIGHBOURS).T              # columns of axes
+    widths = [1] + [GAP, *[1] * NEIGHBOURS] * len(SHOWN)
+    figure = Figure(figsize=(sum(widths) * 0.58, QUERIES * 0.62))
+    first, *others = figure.subplots(QUERIES, len(widths), width_ratios=widths).T         # columns of axes
     for axes, query in zip(first, queries, strict=True):
         draw(axes, query_images[query], "black")
     first[0].set_title("query", fontsize=9)
     for s, size in enumerate(SHOWN):
-        columns = others[s * NEIGHBOURS:(s + 1) * NEIGHBOURS]
+        gap, *columns = others[s * (1 + NEIGHBOURS):(s + 1) * (1 + NEIGHBOURS)]
+        for axes in gap:
+            axes.set_axis_off()
         columns[0][0].set_title(f"size {size}", fontsize=9, loc="left")
         for column, found in zip(columns, nearest(xb, xq[queries], size)[:, :NEIGHBOURS].T, strict=True):
             for axes, row, query in zip(column, found, queries, strict=True):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from MRL import MEAN, STD, InputError, reason
 
@@ -73,10 +73,17 @@ def read_rgb(path):
 
 
 def image_names(folder, class_name):
-    """-> the image files of one class folder, relative to it, sorted: bytes [n]."""
-    samples = make_dataset(str(folder), {class_name: 0}, IMG_EXTENSIONS, allow_empty=True)
-    start = len(os.path.join(folder, class_name, ""))
-    return np.array([os.fsencode(path[start:]) for path, _ in samples], dtype=bytes)
+    """-> the image files of one class folder, relative to it, in ImageFolder's order: bytes [n].
+
+    OSError for a folder that may not be read; torchvision's make_dataset would pass over its images.
+    """
+    def stop(error):
+        raise error
+
+    top = os.path.join(folder, class_name)
+    found = [os.path.join(base, name) for base, _, names in sorted(os.walk(top, onerror=stop, followlinks=True))
+             for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS)]
+    return np.array([os.fsencode(path[len(top) + 1:]) for path in found], dtype=bytes)
 
 
 class Preparation(transforms.Compose):

@@ -4,6 +4,7 @@ import pytest
 from image_set import ImageSet, Preparation, make_loader
 from image_trees import SIZE, make_tree, write_image
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 PREPARATION = Preparation(SIZE, SIZE)
 
@@ -45,6 +46,18 @@ def test_unreadable_images_keep_their_place(tmp_path):
     images = opened(tmp_path, ["a", "b"])
     assert [images[i][1] for i in range(4)] == [0, -1, 1, 1]
     assert "a_1.JPEG (" in images.why_unreadable(1)
+
+
+def test_images_come_in_imagefolders_order(tmp_path):
+    """Of a class's subfolders and links too, whatever else lies there."""
+    for name in ("2.png", "10.PNG", "sub/1.jpeg", "sub.x/0.png", "é/3.webp"):
+        write_image(tmp_path / "a" / name, 0)
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    write_image(tmp_path / "b" / "4.png", 0)
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "b")
+    images = opened(tmp_path, ["a", "b"])
+    assert [str(images.path(i)) for i in range(len(images))] == [path for path, _ in ImageFolder(tmp_path).samples]
+    assert len(images) == 7
 
 
 def test_sample_is_seeded_sorted_and_keeps_labels(tmp_path):

@@ -48,9 +48,19 @@ def open_dataset(cfg):
     try:
         if cfg.dataset == "cifar":
             return CIFAR10(cfg.data_dir, train=cfg.split == "train")
+        check_readable(cfg.data_dir)
         return ImageFolder(cfg.data_dir)
     except (RuntimeError, FileNotFoundError) as error:
         raise InputError(f"--cfg.data_dir={cfg.data_dir}: {reason(error)}") from None
+
+
+def check_readable(folder):
+    """ImageFolder passes over folders that it may not read: their images would be missing from the file."""
+    def stop(error):
+        raise error
+
+    for _ in os.walk(folder, onerror=stop, followlinks=True):
+        pass
 
 
 class Readable(Dataset):

@@ -36,6 +36,15 @@ class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: what, where, and what to do."""
 
 
+class Unsettled(InputError):
+    """What load_model was given does not say which model a file holds. argument: the one to give, as commands, whose
+    flags have other names, must know."""
+
+    def __init__(self, problem, argument):
+        super().__init__(f"{problem}: give {argument}")
+        self.problem, self.argument = problem, argument
+
+
 # ------------------------------------------------------------------------------------------------ heads
 
 class MRL_Linear_Layer(nn.Module):
@@ -350,14 +359,23 @@ def load_model(path, arch=None, head=None, nesting_list=None, old_ckpt=False):
         if key in known and known[key] != value:
             raise InputError(f"{path}: {key}={value} was asked for, params.json beside it says {known[key]}")
     if old_ckpt:
-        state = modern_keys(state, (known | given).get("head"))
-    known = known or shown_by_shapes(path, state, **given)
-    spec = known | given
-    with torch.device("meta"):
-        check_fits(build_from_spec(spec), state, path)      # before memory is taken for a model of any size
+        state = modern_keys(path, state, (known | given).get("head"))
+    spec = (known or shown_by_shapes(path, state, **given)) | given
+    with torch.device("meta"):      # before memory is taken for a model of any size
+        misfit = does_not_fit(blank_model(path, spec), state)
+    if misfit:
+        raise InputError(f"{path}: {misfit}") if known else Unsettled(f"{path}: {misfit}; for another network", "arch")
     model = build_from_spec(spec)
     load_exactly(model, state, path)
     return model.eval()
+
+
+def blank_model(path, spec):
+    """build_from_spec for what a file and arguments say; an error names the file."""
+    try:
+        return build_from_spec(spec)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def read_params(path):
@@ -399,10 +417,10 @@ def dense(value):
     return torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta
 
 
-def modern_keys(state, head):
+def modern_keys(path, state, head):
     """The released MRL-E files name their one matrix as a plain classifier: rename it. The rest is unchanged."""
     if head is None and "fc.weight" in state:
-        raise InputError("a released file with one matrix is MRL-E or a fixed-feature model: give head (mrl_e, ff<d>)")
+        raise Unsettled(f"{path}: a released file with one matrix, MRL-E (mrl_e) or fixed features (ff<d>)", "head")
     if head != "mrl_e":
         return state
     return {re.sub(r"^fc\.(weight|bias)$", r"fc.nesting_classifier_0.\1", key): v for key, v in state.items()}
@@ -411,7 +429,7 @@ def modern_keys(state, head):
 def shown_by_shapes(path, state, arch=None, head=None, nesting_list=None):
     """build_model's arguments as far as keys and shapes show them; InputError where they do not."""
     if arch is None:
-        raise InputError(f"{path}: no params.json beside it, and the architecture does not show in a file: give arch")
+        raise Unsettled(f"{path}: no params.json beside it, and the architecture does not show in a file", "arch")
     last = [v for v in state.values() if v.dim() == 2][-1:]
     if not last:
         raise InputError(f"{path}: holds no linear classifier")
@@ -419,33 +437,36 @@ def shown_by_shapes(path, state, arch=None, head=None, nesting_list=None):
     of_one_size = head == "mrl" and nesting_list is not None and list(nesting_list) == nested
     head_shown = "mrl" if len(nested) > 1 or of_one_size else "mrl_e" if nested else f"ff{last[0].shape[1]}"
     if head is not None and head != head_shown:
-        raise InputError(f"{path}: head={head} was asked for, the file holds {head_shown}"
-                         + ("; a released MRL-E file needs old_ckpt" if head == "mrl_e" else ""))
+        problem = f"{path}: head={head} was asked for, the file holds {head_shown}"
+        if head == "mrl_e" and not nested:
+            raise Unsettled(f"{problem}; if it is a released MRL-E file", "old_ckpt")
+        raise InputError(problem)
     if head_shown == "mrl":
         if nesting_list is not None and list(nesting_list) != nested:
             raise InputError(f"{path}: nesting_list={list(nesting_list)} was asked for, the file holds {nested}")
         nesting_list = nested
     elif head_shown == "mrl_e" and nesting_list is None:
-        raise InputError(f"{path}: the sizes of an MRL-E model do not show in a file: give nesting_list")
+        raise Unsettled(f"{path}: the sizes of an MRL-E model do not show in a file", "nesting_list")
     return {"arch": arch, "head": head_shown, "nesting_list": nesting_list, "num_classes": last[0].shape[0],
             "blurpool": any(k.endswith("blur_filter") for k in state)}
 
 
-def check_fits(model, state, path):
-    """InputError unless a state dict holds the model's keys and shapes, no more and no less."""
+def does_not_fit(model, state):
+    """-> what is wrong, unless a state dict holds the model's keys and shapes, no more and no less; else None."""
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     found = {k: tuple(v.shape) for k, v in state.items()}
     different = [f"{k}: {found.get(k, 'missing')} instead of {expected.get(k, 'nothing')}"
                  for k in expected | found if found.get(k) != expected.get(k)]
     if different:
         more = f" and {len(different) - 1} more" if len(different) > 1 else ""
-        spec = model.spec
-        raise InputError(f"{path}: does not fit {spec['arch']} with head {spec['head']} ({different[0]}{more})")
+        return f"does not fit {model.spec['arch']} with head {model.spec['head']} ({different[0]}{more})"
+    return None
 
 
 def load_exactly(model, state, path):
     """Load a state dict that must fit, and hold only finite numbers."""
-    check_fits(model, state, path)
+    if misfit := does_not_fit(model, state):
+        raise InputError(f"{path}: {misfit}")
     broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
     if broken:
         raise InputError(f"{path}: {broken[0]} holds NaN or infinite numbers ({len(broken)} such tensors)")

@@ -121,7 +121,7 @@ def svd(args):
     X, y, about = read_arrays(args.arrays, args.dataset, "val", args.model)
     if about.get("checkpoint") not in (None, fingerprint(args.path)):
         raise InputError(f"--path {args.path}: the arrays {args.model} in {args.arrays} come from another checkpoint")
-    head = classifier(which_model.load(args.path))[1]
+    head = classifier(which_model.load(args.path, args.arch))[1]
     if not isinstance(head, FixedFeatureLayer) or head.in_features != X.shape[1]:
         raise InputError(f"--path {args.path}: svd is for a fixed-feature model of {X.shape[1]} features")
     sizes = sizes_of(args, about, X.shape[1])
@@ -166,7 +166,8 @@ def arguments():
     parser.add_argument("--sizes", type=int, nargs="+", help="default: those of the model; for FF 8, 16 ... its width")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", help="folder for the figures (default: that of the arrays)")
-    parser.add_argument("--path", help="svd: the fixed-feature checkpoint, with its params.json")
+    parser.add_argument("--path", help="svd: the fixed-feature checkpoint")
+    parser.add_argument("--arch", help="svd: its architecture, where no params.json lies beside it (default resnet50)")
     parser.add_argument("--epochs", type=number(int, 1), default=10, help="lp")
     parser.add_argument("--lr", type=number(float, 0), default=1e-3, help="lp")
     parser.add_argument("--shots", type=number(int, 1), nargs="+", default=[1, 3, 5, 7, 9], help="ncm")

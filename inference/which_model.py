@@ -7,15 +7,36 @@ pytorch_inference.py and baselines.py.
 import re
 from pathlib import Path
 
-from MRL import NESTING_LIST, InputError, default_nesting_list, feature_width, load_model, read_params
+from MRL import (
+    NESTING_LIST,
+    InputError,
+    Unsettled,
+    default_nesting_list,
+    feature_width,
+    load_model,
+    read_params,
+    read_state_dict,
+)
+
+FLAGS = {"arch": "--arch", "head": "--mrl, --efficient or --rep_size", "nesting_list": "--nesting_list",
+         "old_ckpt": "--old_ckpt"}      # what sets load_model's arguments
 
 
 def load(path, arch=None, mrl=False, efficient=False, rep_size=None, nesting_list=None, old_ckpt=False):
-    """-> the model in eval mode. The arguments are the flags of pytorch_inference.py; model.spec tells what it is."""
+    """-> the model in eval mode. The arguments are the flags of pytorch_inference.py; model.spec tells what it is.
+
+    nesting_list is of the nested models among those of a command: a fixed-feature model has one size, and shows it.
+    """
     given = {"arch": arch, "head": head_of_flags(mrl, efficient, rep_size), "nesting_list": nesting_list}
-    if not read_params(path):
-        given = with_defaults(path, agreed(path, given, released(path) if old_ckpt else {}))
-    model = load_model(path, **given, old_ckpt=old_ckpt)
+    bare = not read_params(path)
+    if bare:
+        given = agreed(path, given, released(path) if old_ckpt else {})
+    if nesting_list and is_fixed_feature(path, given["head"]):
+        given["nesting_list"] = None
+    try:
+        model = load_model(path, **(with_defaults(path, given) if bare else given), old_ckpt=old_ckpt)
+    except Unsettled as error:
+        raise InputError(f"{error.problem}: give {FLAGS[error.argument]}") from None
     largest = model.spec["nesting_list"][-1]
     if rep_size not in (None, largest):
         raise InputError(f"{path}: --rep_size {rep_size} was asked for, the file holds sizes up to {largest}")
@@ -47,6 +68,12 @@ def agreed(path, given, named):
         if None not in (value, given[key]) and value != given[key]:
             raise InputError(f"{path}: the flags say {key}={given[key]}, the file's name {value}")
     return {key: named.get(key) if value is None else value for key, value in given.items()}
+
+
+def is_fixed_feature(path, head):
+    """head: as far as flags and the file's name say it; else params.json or the file's keys do."""
+    head = head or read_params(path).get("head")
+    return head.startswith("ff") if head else not any("nesting_classifier" in key for key in read_state_dict(path))
 
 
 def with_defaults(path, given):

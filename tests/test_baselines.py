@@ -125,6 +125,12 @@ def test_svd_command(tmp_path, monkeypatch):
     result = json.loads((tmp_path / "svd_dataset=1K_model=mrl0_e0_ff512.json").read_text())
     assert result["top1"][1] == 1.0 > result["top1"][0]                   # rank 5 is the whole 5-class matrix
 
+    (tmp_path / "run" / "params.json").unlink()
+    with pytest.raises(InputError, match=r"does not fit resnet50 .*: give --arch"):
+        command(monkeypatch, [*flags, "--path", path])
+    command(monkeypatch, [*flags, "--path", path, "--arch", "resnet18", "--sizes", 5])
+    assert json.loads((tmp_path / "svd_dataset=1K_model=mrl0_e0_ff512.json").read_text())["top1"] == [1.0]
+
     with pytest.raises(InputError, match="svd needs --path"):
         command(monkeypatch, flags)
     with pytest.raises(InputError, match="svd is for a fixed-feature model"):
@@ -133,7 +139,7 @@ def test_svd_command(tmp_path, monkeypatch):
         json.dump({"checkpoint": "of another"}, file)
     assert fingerprint(path) != "of another"
     with pytest.raises(InputError, match="come from another checkpoint"):
-        command(monkeypatch, [*flags, "--path", path])
+        command(monkeypatch, [*flags, "--path", path, "--arch", "resnet18"])
 
 
 def test_arrays_of_two_checkpoints_and_too_large_sizes_are_refused(tmp_path, monkeypatch):

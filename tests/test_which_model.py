@@ -93,9 +93,16 @@ def test_flags_that_contradict_params_json(tmp_path, flags, message):
         load(make_run(tmp_path, "mrl_e"), **flags)
 
 
-def test_bare_file_of_another_architecture_is_an_error(tmp_path):
-    with pytest.raises(InputError, match="does not fit resnet50 with head mrl"):
-        load(bare(tmp_path, head="mrl"), mrl=True)
+@pytest.mark.parametrize("head, flags, message", [
+    ("mrl", {"mrl": True}, r"does not fit resnet50 with head mrl .*; for another network: give --arch"),
+    ("mrl_e", {"arch": "resnet18"}, "do not show in a file: give --nesting_list"),
+    ("ff512", {"arch": "resnet18", "old_ckpt": True}, "give --mrl, --efficient or --rep_size"),
+    ("ff512", {"arch": "resnet18", "efficient": True}, "if it is a released MRL-E file: give --old_ckpt"),
+])
+def test_what_a_bare_file_leaves_open_is_an_error_that_names_file_and_flag(tmp_path, head, flags, message):
+    path = bare(tmp_path, head=head)
+    with pytest.raises(InputError, match=f"^{path}: .*{message}$"):
+        load(path, **flags)
 
 
 def test_shapes_show_the_head(tmp_path):
@@ -114,9 +121,13 @@ def test_sizes_of_a_bare_mrl_e_file(tmp_path, capsys):
         load(path, arch="resnet18")
 
 
-def test_a_released_file_with_one_matrix_and_no_name_is_ambiguous(tmp_path):
-    with pytest.raises(InputError, match="MRL-E or a fixed-feature model"):
-        load(bare(tmp_path, head="ff512"), arch="resnet18", old_ckpt=True)
+@pytest.mark.parametrize("name", ["weights.pt", "r18_mrl0_e0_ff16.pt"])
+def test_sizes_of_nested_models_are_not_asked_of_a_fixed_feature_model(tmp_path, name):
+    """ff16.pt beside an MRL-E file that needs --nesting_list; with and without params.json."""
+    path = bare(tmp_path, head="ff16").rename(tmp_path / name)
+    flags = {"nesting_list": [8, 512], "old_ckpt": name != "weights.pt"}
+    assert load(path, arch="resnet18", **flags).spec["nesting_list"] == [16]
+    assert load(make_run(tmp_path / "run", "ff16"), nesting_list=[8, 512]).spec["nesting_list"] == [16]
 
 
 def test_flags_against_a_released_name(tmp_path):

@@ -2,11 +2,13 @@
 
 A run is the dictionary that pytorch_inference.py writes as JSON: nesting_list, and top1, top5, loss per size.
 """
+from pathlib import Path
+
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from MRL import replacing
+from MRL import replacing, write_json
 
 KINDS = {"mrl": "MRL", "mrl_e": "MRL-E"}                # all fixed-feature models are one line, as in the paper
 
@@ -38,13 +40,17 @@ def show(runs):
     print(shown.to_string(float_format="{:.2f}".format, na_rep="-"))
 
 
-def save(runs, stem):
-    """<stem>.csv and <stem>.png."""
-    table = tidy(runs)
-    with replacing(f"{stem}.csv") as temporary:
-        table.to_csv(temporary, index=False)
-    with replacing(f"{stem}.png") as temporary:
-        plot(table, f"{runs[0]['dataset']}, top-1 accuracy").savefig(temporary, dpi=150)
+def save(runs, stem, about):
+    """The two files, and <stem>.json, which says what they were made from."""
+    table, (text, picture) = tidy(runs), files(stem)
+    with replacing(text) as new_text, replacing(picture) as new_picture:
+        table.to_csv(new_text, index=False)
+        plot(table, f"{runs[0]['dataset']}, top-1 accuracy").savefig(new_picture, dpi=150)
+        write_json(f"{stem}.json", about)
+
+
+def files(stem):
+    return Path(f"{stem}.csv"), Path(f"{stem}.png")
 
 
 def plot(table, title):

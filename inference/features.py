@@ -2,16 +2,20 @@
 
 Memory does not grow with N: each batch goes straight into a memory-mapped file under a `.partial` name, and a byte per
 image remembers that its row is there. So a killed run goes on where it stopped, any number of processes can share the
-batches, and the result is the same either way. The JSON with "complete": true is written last.
+batches, and the result is the same either way. The JSON with "complete": true is written last. A lock keeps a second
+command out meanwhile.
 """
 import os
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from evaluate import readable_rows
-from image_set import make_loader
+from filelock import FileLock, Timeout
+from image_set import make_loader, some
 from saved_files import check_free
 from tqdm import tqdm
 
@@ -23,12 +27,13 @@ BLOCK = 4096                                # rows copied at a time when rows of
 
 
 class Files:
-    """The paths of one dump; `rows`, `state` and `plan` exist only until it is complete."""
+    """The paths of one dump; `rows`, `state` and `plan` exist only until it is complete, `lock` while it is written."""
 
     def __init__(self, stem):
         self.X, self.y, self.about = (Path(f"{stem}-{end}") for end in ("X.npy", "y.npy", "X.json"))
         self.rows, self.state, self.plan = (Path(f"{stem}{end}") for end in
                                             ("-X.partial.npy", "-state.partial.npy", "-X.partial.json"))
+        self.lock = self.X.with_name(f".{self.X.name}.lock")
 
 
 def embedder(model):
@@ -45,38 +50,60 @@ def dump(model, images, stem, about, device, batch_size, workers, precision="fp3
     split ...); files that say otherwise are not overwritten. storage: fp32 or fp16.
     Under torchrun the processes share the batches (and need one disk). -> the JSON's content.
     """
-    files = Files(stem)
-    about = {**about, "dim": about["nesting_list"][-1], "dtype": np.dtype(DTYPES[storage]).name, "precision": precision}
-    if rank() == 0:
-        begin(files, about, len(images), overwrite)
-    barrier()
-    if files.plan.exists():
-        fill(model, images, files, device, batch_size, workers, precision, skip_bad_images)
-        barrier()
-        if rank() == 0:
-            finish(files, about, images)
-        barrier()
+    files, about = Files(stem), noted(about, precision, storage)
+    with only_writer(files):
+        by_first(begin, files, about, len(images), skip_bad_images, overwrite)
+        if files.plan.exists():
+            fill(model, images, files, device, batch_size, workers, precision, skip_bad_images)
+            barrier()
+            by_first(finish, files, about, images)
     return read_json(files.about)
 
 
-def begin(files, about, n, overwrite):
+def noted(about, precision, storage):
+    """-> what the JSON says of an array's origin and kind."""
+    return {**about, "dim": about["nesting_list"][-1], "dtype": np.dtype(DTYPES[storage]).name, "precision": precision}
+
+
+def check_dump(files, about, skip_bad_images, overwrite):
+    """Refuse a dump that would replace another one, or that is complete without images which are now wanted."""
+    check_free(files.plan, about, overwrite)
+    check_free(files.about, about, overwrite, *([] if files.plan.exists() else [files.X, files.y]))
+    skipped = (read_json(files.about) or {}).get("skipped")
+    if skipped and not (skip_bad_images or overwrite or files.plan.exists()):
+        raise InputError(f"{files.X}: made without {len(skipped)} unreadable image(s), {some(skipped)}: pass "
+                         "--skip_bad_images to leave it so, or --overwrite to make it again")
+
+
+def begin(files, about, n, skip_bad_images, overwrite):
     """Make the files to fill, unless they are there from a run that was stopped, or the dump is complete."""
-    for companion in (files.about, files.plan):
-        check_free(companion, about, overwrite)
+    check_dump(files, about, skip_bad_images, overwrite)
     if files.plan.exists() and not files.rows.exists() and files.X.exists():      # stopped in `finish`: back to before
         os.replace(files.X, files.rows)
-    for companion, data, says in ((files.about, files.X, "complete already"),
-                                  (files.plan, files.rows, "going on where it stopped")):
-        known = read_json(companion) or {}
-        if data.exists() and {key: known.get(key) for key in about} == about:
-            print(f"{files.X}: {says}")
-            return
-    files.plan.unlink(missing_ok=True)
-    files.rows.parent.mkdir(parents=True, exist_ok=True)
-    allocate(files.rows, (n, about["dim"]), about["dtype"])
-    allocate(files.state, (n,), np.uint8)
-    files.about.unlink(missing_ok=True)                # what it describes is kept until there is room for the new
-    write_json(files.plan, about)
+    if files.rows.exists() and describes(files.plan, about):
+        try_again(files.state)
+        print(f"{files.X}: going on where it stopped")
+    elif files.X.exists() and describes(files.about, about) and not (overwrite and read_json(files.about)["skipped"]):
+        print(f"{files.X}: complete already")
+        remove_partial(files)
+    else:
+        files.plan.unlink(missing_ok=True)
+        allocate(files.rows, (n, about["dim"]), about["dtype"])
+        allocate(files.state, (n,), np.uint8)
+        write_json(files.plan, about)
+        files.about.unlink(missing_ok=True)            # what it describes is kept until there is room for the new
+
+
+def describes(companion, about):
+    known = read_json(companion) or {}
+    return {key: known.get(key) for key in about} == about
+
+
+def try_again(path):
+    """Images that a stopped run could not read may have been repaired since."""
+    state = read_array(path, "r+")
+    state[state == UNREADABLE] = TODO
+    state.flush()
 
 
 @torch.inference_mode()
@@ -113,7 +140,11 @@ def finish(files, about, images):
         copy_rows(files.rows, files.X, kept)
     skipped = [str(images.path(i)) for i in np.flatnonzero(state == UNREADABLE)]
     write_json(files.about, {**about, "n": len(kept), "skipped": skipped, "complete": True})
-    for path in (files.plan, files.state, files.rows):
+    remove_partial(files)
+
+
+def remove_partial(files):
+    for path in (files.plan, files.state, files.rows):      # the plan first: without it the others count for nothing
         path.unlink(missing_ok=True)
 
 
@@ -124,6 +155,52 @@ def copy_rows(source, target, kept):
         out = allocate(temporary, (len(kept), X.shape[1]), X.dtype)
         for start in range(0, len(kept), BLOCK):
             out[start:start + BLOCK] = X[kept[start:start + BLOCK]]
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+@contextmanager
+def only_writer(files):
+    """The first process holds the dump's lock for all of its command; a second command is refused."""
+    lock = FileLock(files.lock)
+    by_first(take, lock, files)
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            files.lock.unlink(missing_ok=True)
+            lock.release()
+
+
+def take(lock, files):
+    files.lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{files.X}: another process writes it; wait for its end") from None
+    except NotImplementedError:                        # some network file systems
+        print(f"{files.X}: no locks on this file system; start one command at a time", file=sys.stderr)
+
+
+def by_first(work, *args):
+    """Done by the first process, waited for by all."""
+    together(work if rank() == 0 else lambda *_: None, *args)
+
+
+def together(work, *args):
+    """Do it in every process -> the result. What stops one stops all, and one of them says why."""
+    result = error = None
+    try:
+        result = work(*args)
+    except (InputError, OSError) as caught:
+        error = caught
+    stopped = [error is not None]
+    if dist.is_initialized():
+        stopped *= world()
+        dist.all_gather_object(stopped, error is not None)
+    if any(stopped):
+        raise error if stopped.index(True) == rank() else SystemExit(1)
+    return result
 
 
 def rank():

@@ -13,7 +13,9 @@ The files written, and who reads them: saved_files.py.
 import argparse
 import os
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import accuracy_table
 import eval_sets
@@ -23,9 +25,9 @@ import torch.distributed as dist
 import which_model
 from evaluate import Outputs, device_named, evaluate
 from image_set import Preparation, make_loader, some
-from saved_files import accuracy_path, arrays_stem, check_free, fingerprint, outputs_path, save_tensor
+from saved_files import accuracy_path, arrays_stem, check_free, fingerprint, outputs_path, save_tensor, table_stem
 
-from MRL import InputError, command_line, model_name, number, write_json
+from MRL import InputError, check_nesting_list, command_line, load_model, model_name, number, write_json
 
 SAVED = ("logits", "softmax", "gt", "predictions")
 
@@ -38,26 +40,27 @@ def arguments():
     add("--dataset", help=f"{', '.join(eval_sets.CLASSIFICATION)} (default V1); "
                           f"with --retrieval {', '.join(eval_sets.RETRIEVAL)} (default 1K)")
     add("--data_root", help="folder that holds the sets (default: $IMAGENET_ROOT, ../../IMAGENET/, the repository)")
-    add("--output", default=".", help="folder for figures and saved outputs")
+    add("--output", help="folder for figures and saved outputs (default: this one)")
 
     model = parser.add_argument_group("the model, where no params.json lies beside the checkpoint").add_argument
     model("--arch", help="torchvision architecture (default resnet50)")
     model("--mrl", action="store_true", help="nested heads")
     model("--efficient", action="store_true", help="MRL-E: one matrix for all sizes")
     model("--rep_size", type=positive, help="size of a fixed-feature model")
-    model("--nesting_list", type=int, nargs="+", help="sizes of an MRL-E model (default 8 16 ... 2048)")
+    model("--nesting_list", type=sizes, nargs="+", help="sizes of an MRL-E model (default 8 16 ... 2048)")
     model("--old_ckpt", action="store_true", help="the authors' released files")
 
-    work = parser.add_argument_group("how it runs").add_argument
+    group = parser.add_argument_group("how it runs")
+    work, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     work("--workers", type=number(int, 0, 16 * os.cpu_count()), default=min(12, os.cpu_count()),
          help="processes that read images")
     work("--batch_size", type=positive, default=256)
     work("--resize", type=pixels, default=256, help="pixels of the shorter side before the crop")
     work("--crop", type=pixels, default=224, help="pixels of the central crop")
     work("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    work("--precision", choices=["fp32", "fp16", "bf16"],
-         help="of the network (default fp32; with --retrieval on a GPU fp16, as the original)")
-    work("--amp", dest="precision", action="store_const", const="fp16", help="the same as --precision fp16")
+    either("--precision", choices=["fp32", "fp16", "bf16"],
+           help="of the network (default fp32; with --retrieval on a GPU fp16, as the original)")
+    either("--amp", dest="precision", action="store_const", const="fp16", help="the same as --precision fp16")
     work("--skip_bad_images", action="store_true", help="leave unreadable images out instead of stopping")
     work("--overwrite", action="store_true", help="replace files of another checkpoint or other settings")
 
@@ -68,56 +71,74 @@ def arguments():
 
     retrieve = parser.add_argument_group("embeddings").add_argument
     retrieve("--retrieval", action="store_true", help="write embeddings instead of classifying")
-    retrieve("--retrieval_array_path", default=".", help="folder for the arrays")
+    retrieve("--retrieval_array_path", help="folder for the arrays (default: this one)")
     retrieve("--random_sample_dim", type=positive, help="embed only so many random images of the database")
-    retrieve("--storage", choices=list(features.DTYPES), default="fp32", help="number format of the arrays")
-    return parser.parse_args()
+    retrieve("--storage", choices=list(features.DTYPES), help="number format of the arrays (default fp32)")
+    args = parser.parse_args()
+    if args.nesting_list:
+        args.nesting_list = check_nesting_list([size for word in args.nesting_list for size in word])
+    return args
+
+
+def sizes(text):
+    """"8" or, as train/ spells it, "8,16" -> a list."""
+    return [int(size) for size in text.split(",") if size]
 
 
 # ------------------------------------------------------------------------------------------------ classification
 
+class Plan(NamedTuple):
+    """One checkpoint of a command: all that is known of it before the first image is read."""
+    path: str
+    spec: dict
+    images: object       # ImageSet; for embeddings {split: ImageSet}
+    about: dict          # what files say of their origin; for embeddings {split: ...}
+    files: dict          # {what: (path, its companion's content)}
+
+
 def classify(args, device):
     """Accuracy of each checkpoint; several give one table."""
     name, row = eval_sets.lookup(eval_sets.CLASSIFICATION, args.dataset or "V1")
-    runs = []
-    for path in dict.fromkeys(args.path):
-        runs.append(classify_one(path, name, row, args, device, taken={run["model"] for run in runs}))
+    images_for = cache(lambda num_classes: opened_set(row, num_classes, args))
+    plans = planned(args, lambda path, spec: plan_figures(path, spec, name, images_for(spec["num_classes"]), args))
+    stem = table_stem(args.output, name, args.tta)
+    if len(plans) > 1:
+        check_free(Path(f"{stem}.json"), about_table(plans), args.overwrite, *accuracy_table.files(stem))
+    runs = [classify_one(plan, args, device) for plan in plans]
     accuracy_table.show(runs)
-    if len(runs) > 1:
-        accuracy_table.save(runs, Path(args.output) / f"accuracy_dataset={name}_tta={args.tta}")
+    if len(plans) > 1:
+        accuracy_table.save(runs, stem, about_table(plans))
     print(f"figures{''.join(f', {what}' for what in wanted(args))} written to {args.output}/")
 
 
-def classify_one(path, name, row, args, device, taken):
-    """Evaluate one checkpoint, write its figures and what --save_* asks for. -> the figures.
-
-    taken: models whose files this command has written, and so does not overwrite.
-    """
-    model = checkpoint(path, args)
-    images = opened_set(row, model, args)
-    about = {**origin(path, model, name, images, args), "num_classes": len(images.classes), "tta": args.tta,
+def plan_figures(path, spec, name, images, args):
+    about = {**origin(path, spec, name, images, args), "num_classes": len(images.classes), "tta": args.tta,
              "precision": args.precision or "fp32"}
-    files = planned(model.spec, name, about, images, args, args.overwrite and model_name(model.spec) not in taken)
-    Path(args.output).mkdir(parents=True, exist_ok=True)
-    keep = Outputs(len(about["nesting_list"]), len(images), len(images.classes), list(files)) if files else None
-    loader = make_loader(images, args.batch_size, args.workers, device.type == "cuda")
-    result = evaluate(model, images, loader, device, args.tta, about["precision"], args.skip_bad_images, keep)
-    run = {"model": model_name(model.spec), "path": path, **about, **result, "spec": model.spec, "device": args.device,
-           "folder": str(images.folder), "batch_size": args.batch_size, "torch": torch.__version__}
-    write_json(accuracy_path(args.output, model.spec, name, args.tta, about["checkpoint"]), run)
-    for what, tensor in keep.tensors() if keep else ():
-        file, says = files[what]
-        save_tensor(file, tensor, says | {"n": result["n"], "skipped": result["skipped"]})
-    return run
-
-
-def planned(spec, dataset, about, images, args, overwrite):
-    """-> {what: (file, its companion's content)} of what --save_* asks for, if none is there of another run."""
-    files = {what: (outputs_path(args.output, spec, dataset, args.tta, what), companion(what, about, images))
+    files = {what: (outputs_path(args.output, spec, name, args.tta, what), companion(what, about, images))
              for what in wanted(args)}
     for file, says in files.values():
-        check_free(file.with_suffix(".json"), says, overwrite)
-    return files
+        check_free(file.with_suffix(".json"), says, args.overwrite, file)
+    check_free(accuracy_path(args.output, spec, name, args.tta, about["checkpoint"]), about, args.overwrite)
+    return Plan(path, spec, images, about, files)
+
+
+def classify_one(plan, args, device):
+    """Evaluate one checkpoint, write its figures and what --save_* asks for. -> the figures."""
+    images, about, name = plan.images, plan.about, model_name(plan.spec)
+    Path(args.output).mkdir(parents=True, exist_ok=True)
+    sizes, classes = len(about["nesting_list"]), len(images.classes)
+    keep = Outputs(sizes, len(images), classes, list(plan.files)) if plan.files else None
+    loader = make_loader(images, args.batch_size, args.workers, device.type == "cuda")
+    result = evaluate(model_of(plan, args), images, loader, device, args.tta, about["precision"], args.skip_bad_images,
+                      keep)
+    left_out(result["skipped"])
+    run = {"model": name, "path": plan.path, **about, **result, "spec": plan.spec, "device": args.device,
+           "folder": str(images.folder), "batch_size": args.batch_size, "torch": torch.__version__}
+    write_json(accuracy_path(args.output, plan.spec, about["dataset"], args.tta, about["checkpoint"]), run)
+    for what, tensor in keep.tensors() if keep else ():
+        file, says = plan.files[what]
+        save_tensor(file, tensor, says | {"n": result["n"], "skipped": result["skipped"]})
+    return run
 
 
 def wanted(args):
@@ -130,30 +151,53 @@ def companion(what, about, images):
     return {**about, "classes": images.classes, **dict.fromkeys(of_the_model)}
 
 
+def about_table(plans):
+    """What the JSON beside a table says: the checkpoints, and what they have in common."""
+    common = {key: value for key, value in plans[0].about.items() if key not in ("checkpoint", "nesting_list")}
+    return {"checkpoints": [plan.about["checkpoint"] for plan in plans], **common}
+
+
 # ------------------------------------------------------------------------------------------------ embeddings
 
 def retrieve(args, device):
     """Embeddings of the queries (val) and of the database (train)."""
     name, splits = eval_sets.lookup(eval_sets.RETRIEVAL, args.dataset or "1K")
-    for path in dict.fromkeys(args.path):
-        model = checkpoint(path, args)
-        opened = {split: opened_set(row, model, args) for split, row in splits.items()}
-        same_classes(opened)
-        if args.random_sample_dim and "train" in opened:
-            opened["train"].sample(args.random_sample_dim)
-        network = features.embedder(model).to(device)
-        for split, images in opened.items():
-            about = {**origin(path, model, name, images, args), "split": split}
-            retrieve_one(network, images, arrays_stem(args.retrieval_array_path, name, split, model.spec), about,
-                         device, args)
+    if args.random_sample_dim and "train" not in splits:
+        raise InputError(f"--random_sample_dim: --dataset {name} has queries only, it searches 1K's database")
+    images_for = cache(lambda num_classes: opened_splits(splits, num_classes, args))
+    plans = features.together(planned, args, lambda path, spec: plan_embeddings(
+        path, spec, name, images_for(spec["num_classes"]), device, args))
+    for plan in plans:
+        network = features.embedder(model_of(plan, args)).to(device)
+        for split in splits:
+            retrieve_one(network, plan, split, device, args)
 
 
-def retrieve_one(network, images, stem, about, device, args):
+def opened_splits(splits, num_classes, args):
+    opened = {split: opened_set(row, num_classes, args) for split, row in splits.items()}
+    same_classes(opened)
+    if args.random_sample_dim:
+        opened["train"].sample(args.random_sample_dim)
+    return opened
+
+
+def plan_embeddings(path, spec, name, opened, device, args):
     precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
-    written = features.dump(network, images, stem, about, device, args.batch_size, args.workers, precision,
-                            args.storage, args.skip_bad_images, args.overwrite)
+    about = {split: {**origin(path, spec, name, images, args), "split": split} for split, images in opened.items()}
+    files = {split: (arrays_stem(args.retrieval_array_path or ".", name, split, spec),
+                     features.noted(about[split], precision, args.storage or "fp32")) for split in opened}
+    for stem, says in files.values():
+        features.check_dump(features.Files(stem), says, args.skip_bad_images, args.overwrite)
+    return Plan(path, spec, opened, about, files)
+
+
+def retrieve_one(network, plan, split, device, args):
+    stem, says = plan.files[split]
+    written = features.dump(network, plan.images[split], stem, plan.about[split], device, args.batch_size, args.workers,
+                            says["precision"], args.storage or "fp32", args.skip_bad_images, args.overwrite)
     if features.rank() == 0:
         print(f"{stem}-X.npy: {written['n']} x {written['dim']} {written['dtype']}, {len(written['skipped'])} skipped")
+        left_out(written["skipped"])
 
 
 def same_classes(opened):
@@ -166,24 +210,50 @@ def same_classes(opened):
 
 # ------------------------------------------------------------------------------------------------ both
 
+def planned(args, plan):
+    """-> a Plan of each checkpoint, by plan(path, spec): what is wrong with the last one shows before the first one's
+    hours of work. The weights are let go and read again in turn: those of all need not fit into memory."""
+    plans = [plan(path, checkpoint(path, args).spec) for path in dict.fromkeys(args.path)]
+    if args.nesting_list and not any(plan.spec["head"].startswith("mrl") for plan in plans):
+        raise InputError("--nesting_list has no meaning here: a fixed-feature model has one size")
+    says_of = {}
+    for file, says in (pair for plan in plans for pair in plan.files.values()):
+        if says_of.setdefault(file, says) != says:
+            raise InputError(f"--path: two of them would write {file}; give them an {folder_flag(args)} each")
+    return plans
+
+
+def folder_flag(args):
+    return "--retrieval_array_path" if args.retrieval else "--output"
+
+
 def checkpoint(path, args):
     return which_model.load(path, args.arch, args.mrl, args.efficient, args.rep_size, args.nesting_list, args.old_ckpt)
 
 
-def opened_set(row, model, args):
+def model_of(plan, args):
+    return load_model(plan.path, *(plan.spec[key] for key in ("arch", "head", "nesting_list")), args.old_ckpt)
+
+
+def opened_set(row, num_classes, args):
     if args.resize < args.crop:
         raise InputError(f"--resize {args.resize} is smaller than --crop {args.crop}")
     preparation = Preparation(args.resize, args.crop)
-    images = eval_sets.open_set(row, model.spec["num_classes"], preparation, args.data_root, args.retrieval)
+    images = eval_sets.open_set(row, num_classes, preparation, args.data_root, args.retrieval)
     if (note := eval_sets.incomplete(row, images)) and features.rank() == 0:
         print(note)
     return images
 
 
-def origin(path, model, dataset, images, args):
+def origin(path, spec, dataset, images, args):
     """What files remember of the checkpoint and the images they came from."""
-    return {"checkpoint": fingerprint(path), "nesting_list": model.spec["nesting_list"], "dataset": dataset,
+    return {"checkpoint": fingerprint(path), "nesting_list": spec["nesting_list"], "dataset": dataset,
             "images": images.digest(), "resize": args.resize, "crop": args.crop}
+
+
+def left_out(bad):
+    if bad:
+        print(f"{len(bad)} unreadable image(s) left out: {some(bad)}")
 
 
 def start_device(args):
@@ -203,7 +273,8 @@ def processes():
 
 def check_flags(args):
     """InputError for a flag that would do nothing."""
-    idle = ("tta", *(f"save_{what}" for what in SAVED)) if args.retrieval else ("random_sample_dim",)
+    idle = (("output", "tta", *(f"save_{what}" for what in SAVED)) if args.retrieval
+            else ("retrieval_array_path", "random_sample_dim", "storage"))
     for flag in idle:
         if getattr(args, flag):
             raise InputError(f"--{flag} has no meaning {'with' if args.retrieval else 'without'} --retrieval")
@@ -212,6 +283,7 @@ def check_flags(args):
 def main():
     args = arguments()
     check_flags(args)
+    args.output = args.output or "."
     if processes() > 1 and not args.retrieval:
         raise InputError("torchrun splits the images for --retrieval only; classification runs in one process")
     (retrieve if args.retrieval else classify)(args, start_device(args))

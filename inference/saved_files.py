@@ -3,9 +3,11 @@
     mrl=True_efficient=False_ff=2048_dataset=V1_tta=False_softmax.pth     logits, softmax [G, N, C]; predictions [G, N]
     gt_dataset=V1.pth                                                     [N] int64
     1K_train_mrl1_e0_ff2048-X.npy, -y.npy                                 [N, D] float32, [N] int64
+    accuracy_dataset=V1_tta=False.csv, .png                               the figures of several checkpoints
 
-Beside each .pth and each -X.npy lies a .json that says which checkpoint and images it came from, so that files of two
-runs are never mixed: what belongs to another run is not overwritten unless that was asked for.
+Beside each .pth, -X.npy and .csv lies a .json that says which checkpoint and images it came from, so that files of two
+runs are never mixed: what belongs to another run is not overwritten unless that was asked for, nor is what has no .json
+(the original writes some of these names).
 """
 import hashlib
 from pathlib import Path
@@ -26,6 +28,11 @@ def outputs_path(folder, spec, dataset, tta, what):
 def accuracy_path(folder, spec, dataset, tta, checkpoint):
     """The figures of one checkpoint. Its fingerprint is in the name: any number of runs fit in one folder."""
     return Path(folder) / f"{run_name(spec, dataset, tta)}_accuracy_{checkpoint}.json"
+
+
+def table_stem(folder, dataset, tta):
+    """The common beginning of the .csv, .png and .json of several checkpoints."""
+    return Path(folder) / f"accuracy_dataset={dataset}_tta={bool(tta)}"
 
 
 def run_name(spec, dataset, tta):
@@ -50,18 +57,24 @@ def fingerprint(path):
 # ------------------------------------------------------------------------------------------------ writing
 
 def save_tensor(path, tensor, about):
-    """A plain tensor, for torch.load(path, mmap=True, weights_only=True), and its JSON, written last."""
-    companion = path.with_suffix(".json")
-    companion.unlink(missing_ok=True)
+    """A plain tensor, for torch.load(path, mmap=True, weights_only=True), and its JSON.
+
+    Stopped anywhere, it leaves no tensor beside the JSON of another, and none without: that would count as foreign.
+    """
     with replacing(path) as temporary:
         torch.save(tensor, temporary)
-    write_json(companion, about)
+        path.unlink(missing_ok=True)
+        write_json(path.with_suffix(".json"), about)
 
 
-def check_free(companion, about, overwrite):
-    """Refuse to replace files whose companion says that they came from something else."""
-    old = read_json(companion) or about
-    different = [key for key in about if old.get(key) != about[key]]
+def check_free(companion, about, overwrite, *files):
+    """Refuse to replace files whose companion says that they came from something else, or that have none."""
+    old = read_json(companion)
+    foreign = [file for file in files if file.exists()]
+    if old is None and foreign and not overwrite:
+        raise InputError(f"{foreign[0]}: nothing beside it says what it was made from (no {companion.name}): "
+                         "choose another folder, or pass --overwrite")
+    different = [] if old is None else [key for key in about if old.get(key) != about[key]]
     if different and not overwrite:
         key = different[0]
         raise InputError(f"{companion} says that the files there have {key}={old.get(key)}, not {about[key]}: "

@@ -1,4 +1,6 @@
 """Runs side by side: FF models are one line, figures are per cent in print and fractions in the CSV."""
+import json
+
 import accuracy_table
 import pandas as pd
 import pytest
@@ -39,7 +41,8 @@ def test_two_of_a_kind_are_told_apart_by_path():
 
 
 def test_csv_and_plot(tmp_path):
-    accuracy_table.save(RUNS, tmp_path / "table_dataset=V1")
+    accuracy_table.save(RUNS, tmp_path / "table_dataset=V1", {"checkpoints": ["0f"] * 4})
+    assert json.loads((tmp_path / "table_dataset=V1.json").read_text()) == {"checkpoints": ["0f"] * 4}
     table = pd.read_csv(tmp_path / "table_dataset=V1.csv")
     assert table.columns.tolist() == ["model", "size", "top1", "top5", "loss", "path", "checkpoint"]
     assert table.top1.tolist() == [0.25, 0.5, 0.3, 0.6, 0.2, 0.4]

@@ -103,6 +103,71 @@ def test_unreadable_images_stop_or_are_left_out(tmp_path):
     assert np.load(tmp_path / "m-y.npy").tolist() == [i // 3 for i in kept]
 
 
+def test_a_repaired_image_is_taken_up(tmp_path):
+    """Not by the command that left it out; without the flag, or with --overwrite, it is missed."""
+    images, stem = image_set(tmp_path / "tree"), tmp_path / "out" / "m"
+    whole = images.path(4).read_bytes()
+    images.path(4).write_bytes(b"broken")
+    write(images, stem, skip_bad_images=True)
+    with pytest.raises(InputError, match=r"m-X.npy: made without 1 unreadable image\(s\), .*n00000001_1.JPEG: "
+                                         "pass --skip_bad_images .* or --overwrite"):
+        write(images, stem)
+    assert write(images, stem, model=ColourReader(), skip_bad_images=True)["n"] == 20     # would fail if it were run
+    images.path(4).write_bytes(whole)
+    assert write(images, stem, overwrite=True)["n"] == 21
+    assert write(images, stem, model=ColourReader(), overwrite=True)["skipped"] == []     # complete: not made again
+    write(images, tmp_path / "whole" / "m")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_stopped_dump_tries_unreadable_images_again(tmp_path, monkeypatch):
+    images, stem = image_set(tmp_path / "tree"), tmp_path / "out" / "m"
+    whole = images.path(4).read_bytes()
+    images.path(4).write_bytes(b"broken")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(features, "finish", interrupt)
+        write(images, stem, skip_bad_images=True)
+    with pytest.raises(InputError, match=r"unreadable image\(s\) in this batch: .*n00000001_1.JPEG"):
+        write(images, stem)
+    images.path(4).write_bytes(whole)
+    assert write(images, stem)["n"] == 21
+    write(images, tmp_path / "whole" / "m")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_arrays_of_the_original_are_not_replaced(tmp_path):
+    images, stem = image_set(tmp_path / "tree"), tmp_path / "m"
+    np.save(f"{stem}-y.npy", np.ones((3, 1), np.float16))
+    with pytest.raises(InputError, match=r"m-y.npy: nothing beside it says .*\(no m-X.json\).*--overwrite"):
+        write(images, stem)
+    assert np.load(f"{stem}-y.npy").shape == (3, 1)
+    write(images, stem, overwrite=True)
+    assert np.load(f"{stem}-y.npy").shape == (21,)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_second_command_for_the_same_dump_is_refused(tmp_path, workers):
+    """While the first one runs, and not after it was stopped: its workers hold no lock of their own."""
+    images, stem = image_set(tmp_path / "tree"), tmp_path / "out" / "m"
+    begun = {}
+
+    class Asks(Features):
+        def forward(self, x):
+            with pytest.raises(InputError, match=r"m-X.npy: another process writes it"):
+                write(images, stem)
+            begun.update(contents(tmp_path / "out"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dump(Asks(), images, stem, ABOUT, CPU, 4, workers)
+    assert ".m-X.npy.lock" in begun and ".m-X.npy.lock" not in contents(tmp_path / "out")
+    assert write(images, stem)["n"] == 21
+
+
 def test_complete_dump_is_not_made_again_and_another_run_does_not_replace_it(tmp_path):
     images = image_set(tmp_path / "tree")
     write(images, tmp_path / "out" / "m")

@@ -1,13 +1,18 @@
 """The README's commands on tiny trees: what they print, what they leave, and what they refuse."""
 import json
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import pytorch_inference
 import torch
+from conftest import ROOT, free_port, with_python
 from eval_sets import synsets
 from image_trees import make_run, make_tree
+from pytorch_inference import arguments
 
 from MRL import InputError, build_model
 
@@ -27,8 +32,9 @@ def root(tmp_path):
 def command(monkeypatch, root, tmp_path):
     """command("--tta") runs main() in this process, writing to tmp_path/out."""
     def start(*words, data_root=root):
-        monkeypatch.setattr("sys.argv", ["pytorch_inference.py", *SMALL, "--data_root", str(data_root),
-                                         "--output", str(tmp_path / "out"), *map(str, words)])
+        to = [] if {"--retrieval", "--output"} & set(words) else ["--output", str(tmp_path / "out")]
+        monkeypatch.setattr("sys.argv", ["pytorch_inference.py", *SMALL, "--data_root", str(data_root), *to,
+                                         *map(str, words)])
         pytorch_inference.main()
         return tmp_path / "out"
     return start
@@ -70,10 +76,10 @@ def test_ff_models_beside_mrl_and_mrl_e(command, tmp_path, capsys):
     heads = ["ff8", "ff512", "mrl", "mrl_e"]
     paths = [make_run(tmp_path / head, head) for head in heads]
     out = command("--path", *paths[:2], "--path", *paths[2:])
-    assert "accuracy_dataset=V1_tta=False.png" in names(out) and len(names(out)) == 4 + 2
+    assert "accuracy_dataset=V1_tta=False.png" in names(out) and len(names(out)) == 4 + 3
     table = pd.read_csv(out / "accuracy_dataset=V1_tta=False.csv")
     assert table.groupby("model", sort=False).size().to_dict() == {"FF": 2, "MRL": 7, "MRL-E": 7}
-    for path in out.glob("*accuracy*.json"):
+    for path in out.glob("*_accuracy_*.json"):
         run = json.loads(path.read_text())
         rows = table[table.checkpoint == run["checkpoint"]]
         assert rows["size"].tolist() == run["nesting_list"] and rows.top1.tolist() == pytest.approx(run["top1"])
@@ -94,11 +100,68 @@ def test_outputs_of_another_checkpoint_are_not_overwritten(command, tmp_path):
     with pytest.raises(InputError, match=r"checkpoint=.*--overwrite"):
         command("--path", other, "--save_predictions")
     assert (out / "mrl=False_efficient=False_ff=8_dataset=V1_tta=False_predictions.pth").read_bytes() == before
-    with pytest.raises(InputError, match="checkpoint="):
+    with pytest.raises(InputError, match=r"--path: two of them would write .*logits.pth; give them an --output each"):
         command("--path", one, other, "--save_logits", "--overwrite")     # both of one name in one command
+    assert len(list(out.glob("*accuracy*.json"))) == 1                    # before any work
     command("--path", one, "--save_predictions")                          # the same one may be repeated
     command("--path", other, "--save_predictions", "--overwrite")
     assert len(list(out.glob("*accuracy*.json"))) == 2                    # figures of both are kept
+
+
+def test_figures_of_other_settings_or_images_are_not_replaced(command, root, tmp_path):
+    path = make_run(tmp_path / "run", "ff8")
+    out = command("--path", path)
+    figures = next(out.glob("*_accuracy_*.json"))
+    before = json.loads(figures.read_text())
+    for words, key in ((["--resize", 9], "resize"), (["--precision", "bf16"], "precision")):
+        with pytest.raises(InputError, match=f"{figures.name} says .*{key}=.*--overwrite"):
+            command("--path", path, *words)
+    make_tree(tmp_path / "other" / "val", DIGITS, per_class=3)
+    with pytest.raises(InputError, match="images="):
+        command("--path", path, data_root=tmp_path / "other")
+    assert json.loads(figures.read_text()) == before
+    command("--path", path)                                                # the same again
+    command("--path", path, "--overwrite", data_root=tmp_path / "other")
+    assert json.loads(figures.read_text())["n"] == 30
+
+
+def test_a_table_of_other_checkpoints_is_not_replaced(command, tmp_path):
+    one, two, other = (make_run(tmp_path / head, head) for head in ("ff8", "ff16", "ff32"))
+    out = command("--path", one, two)
+    table = out / "accuracy_dataset=V1_tta=False.csv"
+    before = table.read_bytes()
+    with pytest.raises(InputError, match=r"accuracy_dataset=V1_tta=False.json says .*checkpoints="):
+        command("--path", one, other)
+    command("--path", one, two)                                            # the same again
+    assert table.read_bytes() == before
+    table.with_suffix(".json").unlink()
+    with pytest.raises(InputError, match=r"accuracy_dataset=V1_tta=False.csv: nothing beside it"):
+        command("--path", one, two)
+
+
+def test_files_of_the_original_are_not_replaced(command, tmp_path):
+    path, gt = make_run(tmp_path / "run", "ff8"), tmp_path / "out" / "gt_dataset=V1.pth"
+    gt.parent.mkdir()
+    torch.save(torch.zeros(3), gt)
+    with pytest.raises(InputError, match=r"gt_dataset=V1.pth: nothing beside it says"):
+        command("--path", path, "--save_gt")
+    assert torch.load(gt).equal(torch.zeros(3))
+    command("--path", path, "--save_gt", "--overwrite")
+    assert len(torch.load(gt)) == 20
+
+
+def test_all_checkpoints_are_checked_before_the_first_is_evaluated(command, tmp_path):
+    paths = [make_run(tmp_path / head, head) for head in ("ff8", "mrl")]
+    with pytest.raises(InputError, match=r"nope.pt: No such file"):
+        command("--path", *paths, tmp_path / "nope.pt")
+    make_run(tmp_path / "other classes", "ff8", num_classes=9)
+    with pytest.raises(InputError, match=r"10 class folders, the checkpoint 9"):
+        command("--path", *paths, tmp_path / "other classes" / "final_weights.pt")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match=r"two of them would write .*mrl0_e0_ff8; give them an --retrieval_array_path"):
+        command("--path", paths[0], make_run(tmp_path / "twin", "ff8", seed=1), "--retrieval",
+                "--retrieval_array_path", tmp_path / "arrays")
+    assert not (tmp_path / "arrays").exists()
 
 
 def test_restricted_set(command, tmp_path):
@@ -114,12 +177,15 @@ def test_restricted_set(command, tmp_path):
     assert json.loads((out / "gt_dataset=A.json").read_text())["classes"] == wnids
 
 
-def test_unreadable_image_is_named_or_left_out(command, root, tmp_path):
+def test_unreadable_image_is_named_or_left_out(command, root, tmp_path, capsys):
     (root / "val" / "3" / "3_0.JPEG").write_bytes(b"no image")
     path = make_run(tmp_path / "run", "ff8")
     with pytest.raises(InputError, match=r"3/3_0.JPEG"):
         command("--path", path)
     out = command("--path", path, "--skip_bad_images", "--save_gt")
+    command("--path", path, "--skip_bad_images", "--retrieval", "--retrieval_array_path", tmp_path / "arrays")
+    said = re.findall(r"^1 unreadable image\(s\) left out: .*3/3_0.JPEG", capsys.readouterr().out, re.M)
+    assert len(said) == 2
     result = json.loads(next(out.glob("*accuracy*.json")).read_text())
     assert result["n"] == 19 and result["skipped"][0].startswith(str(root / "val" / "3" / "3_0.JPEG"))
     assert len(torch.load(out / "gt_dataset=V1.pth", weights_only=True)) == 19
@@ -172,10 +238,39 @@ def test_database_and_queries_must_have_the_same_classes(command, root, tmp_path
     (["--device", "gpu"], "--device gpu"),
     (["--mrl"], "head=mrl was asked for, params.json beside it says ff8"),
     (["--resize", "7"], "--resize 7 is smaller than --crop 8"),
+    (["--retrieval_array_path", "a"], "--retrieval_array_path has no meaning without --retrieval"),
+    (["--storage", "fp32"], "--storage has no meaning without --retrieval"),
+    (["--random_sample_dim", "7"], "--random_sample_dim has no meaning without --retrieval"),
+    (["--output", "a", "--retrieval"], "--output has no meaning with --retrieval"),
+    (["--dataset", "V2", "--random_sample_dim", "7", "--retrieval"], "--random_sample_dim: --dataset V2 has queries"),
+    (["--nesting_list", "8,16"], "--nesting_list has no meaning here"),
+    (["--nesting_list", "16", "8"], "nesting_list must hold increasing positive integers"),
 ])
 def test_bad_flags(command, tmp_path, words, message):
     with pytest.raises(InputError, match=message):
         command("--path", make_run(tmp_path / "run", "ff8"), *words)
+
+
+@pytest.mark.parametrize("words", [["8,16"], ["8", "16"], ["8,", "16"]])
+def test_sizes_are_spelled_with_commas_or_spaces(monkeypatch, words):
+    monkeypatch.setattr("sys.argv", ["pytorch_inference.py", "--path", "w.pt", "--nesting_list", *words])
+    assert arguments().nesting_list == [8, 16]
+
+
+def test_defaults(monkeypatch):
+    """Those of the README; precision, storage and folders show in what the other tests leave."""
+    monkeypatch.setattr("sys.argv", ["pytorch_inference.py", "--path", "w.pt"])
+    args = arguments()
+    assert (args.resize, args.crop, args.batch_size) == (256, 224, 256)
+    assert not (args.tta or args.skip_bad_images or args.overwrite or args.retrieval or args.old_ckpt)
+
+
+@pytest.mark.parametrize("words", [["--amp", "--precision", "fp32"], ["--nesting_list", "8,x"]])
+def test_flags_that_argparse_refuses(monkeypatch, capsys, words):
+    monkeypatch.setattr("sys.argv", ["pytorch_inference.py", "--path", "w.pt", *words])
+    with pytest.raises(SystemExit):
+        arguments()
+    assert words[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 # ------------------------------------------------------------------------------------------------ as a user runs them
@@ -205,6 +300,22 @@ def test_two_processes_write_the_same_files_as_one(run, command, root, tmp_path)
     for name in names(tmp_path / "one"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     assert names(tmp_path / "one") == names(tmp_path / "two")
+
+
+def test_what_stops_one_process_stops_all_and_one_says_why(tmp_path, root):
+    """The first of two finds the arrays of another checkpoint."""
+    arrays = tmp_path / "arrays"
+    arrays.mkdir()
+    (arrays / "1K_val_mrl0_e0_ff8-X.json").write_text('{"checkpoint": "of another"}')
+    command = [sys.executable, "pytorch_inference.py", *SMALL, "--data_root", root, "--path",
+               make_run(tmp_path / "run", "ff8"), "--retrieval", "--retrieval_array_path", arrays]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    both = [subprocess.Popen(list(map(str, command)), cwd=ROOT / "inference", stderr=subprocess.PIPE, text=True,
+                             env=with_python(**group, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)]
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [1, 1]
+    assert said[0].startswith("error: ") and "checkpoint=of another" in said[0] and said[0].count("\n") == 1
+    assert said[1] == ""
 
 
 def test_refusals_are_one_line(refused, root, tmp_path):

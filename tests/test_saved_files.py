@@ -1,8 +1,10 @@
 """Names of the design, guarded against mixing runs; the original's arrays read where they are exact."""
 import json
+import os
 
 import numpy as np
 import pytest
+import saved_files
 import torch
 from saved_files import (
     accuracy_path,
@@ -58,6 +60,34 @@ def test_files_of_another_run_are_not_replaced(tmp_path):
     companion.write_text("{")
     with pytest.raises(InputError, match=r"x.json: not a JSON file"):
         check_free(companion, {"checkpoint": "new"}, overwrite=False)
+
+
+def test_files_of_unknown_origin_are_not_replaced(tmp_path):
+    """The original's: the names are ours, and no JSON lies beside them."""
+    file, companion = tmp_path / "gt_dataset=V1.pth", tmp_path / "gt_dataset=V1.json"
+    check_free(companion, {"n": 3}, False, file)
+    file.write_text("the original's")
+    with pytest.raises(InputError, match=r"V1.pth: nothing beside it says .*gt_dataset=V1.json.*--overwrite"):
+        check_free(companion, {"n": 3}, False, file)
+    check_free(companion, {"n": 3}, True, file)
+
+
+@pytest.mark.parametrize("stop", ["save", "write_json", "replace"])
+def test_a_tensor_stopped_while_it_is_replaced_is_whole_or_gone(tmp_path, monkeypatch, stop):
+    """At no moment does it lie beside the JSON of another, or beside none."""
+    path, companion, old = tmp_path / "t.pth", tmp_path / "t.json", torch.zeros(2)
+    save_tensor(path, old, {"checkpoint": "old"})
+    owner = {"save": torch, "write_json": saved_files, "replace": os}[stop]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, stop, interrupt)
+        save_tensor(path, torch.ones(2), {"checkpoint": "new"})
+    assert not path.exists() or (torch.load(path).equal(old) and "old" in companion.read_text())
+    save_tensor(path, torch.ones(2), {"checkpoint": "new"})
+    assert torch.load(path).equal(torch.ones(2)) and "new" in companion.read_text()
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_fingerprint_is_of_the_bytes(tmp_path):

@@ -6,7 +6,7 @@
 `train/<class>/` (database) and `val/<class>/` (queries), is what `pytorch_inference.py --retrieval --dataset 4K` reads.
 Images are linked (--copy: copied; from tar files: extracted). Which ones: those of --list, else by a fixed rule: of a
 class's file names in sorted order the first 1,000 are the database, the next 50 the queries.
-A second run goes on where the first stopped, and checks what is there.
+A second run goes on where the first stopped, and checks what is there; with --copy it takes the place of links.
 """
 import argparse
 import lzma
@@ -86,7 +86,7 @@ def image_names(source, name):
             names = [Path(member.name).name for member in tar if member.isfile()]
     else:
         raise InputError(f"{source}: neither {name}/ nor {name}.tar is there")
-    return sorted(file for file in names if file.lower().endswith(IMAGES))
+    return sorted({file for file in names if file.lower().endswith(IMAGES)})      # a tar file may hold a name twice
 
 
 @contextmanager
@@ -108,17 +108,23 @@ def build(source, output, plan, copy=False):
             for left in Path(output, split, name).glob(".*"):      # half a file of a run that was killed
                 left.unlink()
         places = {file: Path(output, split, name, file) for split, files in splits.items() for file in files}
-        missing = {file: place for file, place in places.items() if not place.exists()}
+        missing = {file: place for file, place in places.items() if not is_there(place, copy)}
         if Path(source, name).is_dir():
             from_folder(Path(source, name).resolve(), missing, copy)
         elif missing:
             from_tar(Path(source, f"{name}.tar"), missing)
 
 
+def is_there(place, copy):
+    """An image of an earlier run; a link is none where copies are wanted."""
+    return place.exists() and place.stat().st_size > 0 and not (copy and place.is_symlink())
+
+
 def from_folder(folder, places, copy):
     for file, place in places.items():
         if not (folder / file).is_file():
             raise InputError(f"{folder / file} is not there")
+        check_not_empty(folder / file, (folder / file).stat().st_size)
         with replacing(place) as temporary:
             if copy:
                 shutil.copyfile(folder / file, temporary)
@@ -131,10 +137,16 @@ def from_tar(archive, places):
         for member in tar:
             place = places.pop(Path(member.name).name, None) if member.isfile() else None
             if place:
+                check_not_empty(f"{archive}: {member.name}", member.size)
                 with replacing(place) as temporary, open(temporary, "wb") as out:
                     shutil.copyfileobj(tar.extractfile(member), out)
     if places:
         raise InputError(f"{archive}: {min(places)} is not in it ({len(places)} file(s) missing)")
+
+
+def check_not_empty(image, size):
+    if size == 0:
+        raise InputError(f"{image} is empty; get it again, or leave it out of the source")
 
 
 def verify(output, plan):

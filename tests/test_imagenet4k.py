@@ -82,6 +82,33 @@ def test_first_by_sorted_name_and_again(command, flag, capsys):
            {path: time for path, time in before.items() if path != lost}
 
 
+def test_copies_take_the_place_of_links(command):
+    folder = command()
+    command("--copy")
+    linked = [path for path in folder.rglob("*.JPEG") if path.is_symlink()]
+    assert built(folder) == BY_RULE and linked == []
+
+
+def test_a_name_twice_in_a_tar_file_is_one_image(command, source, tmp_path):
+    """Appended again, as `tar -r` does: the counts are of names, not of entries."""
+    with tarfile.open(source / f"{CLASSES[1]}.tar", "a") as tar:
+        tar.add(tmp_path / f"{CLASSES[1]}_1.JPEG", arcname=f"{CLASSES[1]}_1.JPEG")
+    assert built(command()) == BY_RULE
+
+
+def test_empty_files_are_named(command, source, tmp_path):
+    image = source / CLASSES[0] / f"{CLASSES[0]}_10.JPEG"
+    image.write_text("")
+    with pytest.raises(b.InputError, match=r"n00000002/n00000002_10.JPEG is empty; get it again"):
+        command()
+    image.write_text("10")
+    with tarfile.open(source / f"{CLASSES[1]}.tar", "w") as tar:
+        for i in range(6):
+            tar.addfile(tarfile.TarInfo(f"{CLASSES[1]}_{i}.JPEG"))
+    with pytest.raises(b.InputError, match=r"n00000001.tar: n00000001_0.JPEG is empty"):
+        command()
+
+
 def test_given_list(command, tmp_path):
     lines = [f"{split}/{name}/{name}_{i}.JPEG" for name, numbers in zip(CLASSES, [(9, 1, 2, 3, 11), (6, 5, 4, 3, 2)],
                                                                         strict=True)

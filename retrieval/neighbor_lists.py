@@ -5,7 +5,6 @@
 
 stages.py writes them with what neighbors.py and rerank.py find, and reads them again to re-rank and to judge.
 """
-import fcntl
 import os
 import re
 import sys
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from arrays import fits, record_file, recorded
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from MRL import InputError, allocate, read_array, read_json, write_json
@@ -121,18 +121,19 @@ def write_list(path, record, shape, find, chunk, **measured):
 def one_at_a_time(path):
     """Only one process is in the block for the same path; others wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".{path.name}.lock")
-    with open(lock, "w") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{path.name}: waiting for the process that makes it", file=sys.stderr)
-            fcntl.flock(held, fcntl.LOCK_EX)
-        except OSError as error:
-            print(f"{lock}: no locks on this file system ({error.strerror}); start one process at a time",
-                  file=sys.stderr)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{path.name}: waiting for the process that makes it", file=sys.stderr)
+        lock.acquire()
+    except NotImplementedError:                   # some network file systems
+        print(f"{path.name}: no locks on this file system; start one process at a time", file=sys.stderr)
+    try:
         yield
-    lock.unlink(missing_ok=True)      # where the block ended well: who waited finds what it made
+        Path(lock.lock_file).unlink(missing_ok=True)      # made: who waited finds it
+    finally:
+        lock.release()
 
 
 def begun(partial, record, shape):

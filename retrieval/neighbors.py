@@ -83,8 +83,6 @@ def searcher(xb, retrieval_dim, index="exactl2", file=None, record=None, device=
     """
     retrieval_dim = check_sizes(xb, retrieval_dim, index)
     device = choose_device(device)
-    if not 0 < memory_gb < np.inf:
-        raise InputError(f"memory_gb={memory_gb}: must be more than 0")
     streamed, block = in_blocks(xb, retrieval_dim, index, memory_gb)
     built = None if streamed else built_index(xb, retrieval_dim, index, file, record)
     flat = None if streamed or index != "exactl2" else vectors(built) if device == "cpu" else on_gpu(vectors(built))
@@ -102,6 +100,8 @@ def searcher(xb, retrieval_dim, index="exactl2", file=None, record=None, device=
 
 def in_blocks(xb, dim, index, memory_gb):
     """-> (is the database read in blocks, for each search anew?; their rows)."""
+    if not 0 < memory_gb < np.inf:
+        raise InputError(f"memory_gb={memory_gb}: must be more than 0")
     block = max(1, int(memory_gb * 1e9) // (4 * dim))
     return index == "exactl2" and len(xb) > block, block
 

@@ -20,8 +20,9 @@ def test_save_and_restore(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "checkpoint_previous.pt"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "foreign", "missing"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "foreign", "another run's", "missing"])
 def test_a_broken_checkpoint_is_named_and_the_previous_used(tmp_path, capsys, damage):
+    checkpoint.write_params(tmp_path, SETTINGS, {"head": "mrl"})
     checkpoint.save(tmp_path, STATE)
     checkpoint.save(tmp_path, STATE | {"epoch": 2})
     path = tmp_path / "checkpoint.pt"
@@ -33,15 +34,44 @@ def test_a_broken_checkpoint_is_named_and_the_previous_used(tmp_path, capsys, da
         path.write_bytes(whole)
     elif damage == "foreign":
         torch.save({"some": "thing"}, path)
+    elif damage == "another run's":
+        (tmp_path / "other").mkdir()
+        checkpoint.write_params(tmp_path / "other", SETTINGS, {"head": "mrl"})
+        checkpoint.save(tmp_path / "other", STATE)
+        path.write_bytes((tmp_path / "other/checkpoint.pt").read_bytes())
     else:
         path.unlink()      # killed between the two renames
     assert checkpoint.restore(tmp_path)["epoch"] == 1
     assert (str(path) in capsys.readouterr().err) == (damage != "missing")
+    assert not path.exists()      # the next save would have put it in the place of the good one
+    checkpoint.save(tmp_path, STATE | {"epoch": 3})
+    run = checkpoint.run_number(tmp_path)
+    assert [checkpoint.read(tmp_path / f"checkpoint{name}.pt", run)["epoch"] for name in ("", "_previous")] == [3, 1]
+
+
+def test_what_killed_saves_left_is_removed(tmp_path):
+    checkpoint.save(tmp_path, STATE)
+    (tmp_path / ".checkpoint.123.pt").write_bytes(b"half")
+    assert checkpoint.restore(tmp_path)["epoch"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_one_run_at_a_time_trains_in_a_folder(tmp_path):
+    with checkpoint.alone_in(tmp_path), pytest.raises(InputError, match="another process trains in it"):
+        with checkpoint.alone_in(tmp_path):
+            pass
+    with checkpoint.alone_in(tmp_path):
+        pass
+
+
+def test_the_log_is_json(tmp_path):
+    checkpoint.append_log(tmp_path, {"epoch": 0, "train_loss": float("nan")})
+    assert (tmp_path / "log").read_text() == '{"epoch": 0, "train_loss": null}\n'
 
 
 def test_nothing_readable_is_an_error_not_a_new_beginning(tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"half")
-    with pytest.raises(InputError, match="none of its checkpoints can be read"):
+    with pytest.raises(InputError, match="none of its checkpoints can be used"):
         checkpoint.restore(tmp_path)
 
 

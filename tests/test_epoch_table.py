@@ -11,10 +11,11 @@ def test_names_in_the_log():
 
 def test_the_table_hints_where_time_goes():
     record = {"epoch": 0, "current_lr": 0.1, "resolution": 160, "images_per_second": 10, "waiting_for_data": 0.3,
+              "waiting_most": 1,
               "train_time": 2, "peak_memory_mb": 5, "train_loss": 1, "val_images": 3, "top_1_8": 0.5, "top_5_8": 1,
               "val_loss_8": 0.7, "train_loss_8": 0.9}
     spec = {"head": "mrl", "nesting_list": [8]}
     text = table(record, spec, epochs=2)
-    assert "waiting for data 30%" in text and "hint: the device waits for data" in text
+    assert "waiting for data 30%" in text and "hint: the device of process 1 waits for data" in text
     assert text.splitlines()[-1].split() == ["8", "50.00", "100.00", "0.7000", "0.9000"]
     assert "hint" not in table(record | {"waiting_for_data": 0.1}, spec, epochs=2)

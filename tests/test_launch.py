@@ -1,8 +1,11 @@
 """Which process is which, and what cannot start; the commands themselves are in test_train_commands and test_resume."""
+import os
+import signal
 from types import SimpleNamespace
 
 import launch
 import pytest
+from conftest import free_port
 
 from MRL import InputError
 
@@ -21,6 +24,20 @@ def torchrun(monkeypatch):
         for name, value in (usual | changes).items():
             monkeypatch.setenv(name, value)
     return start
+
+
+def killed(process, settings):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_was_killed_is_named(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    wanted = settings()
+    wanted.dist.port = str(free_port())
+    with pytest.raises(SystemExit) as ended:
+        launch.spawn(killed, wanted)
+    assert str(ended.value).startswith("error: process ") and "SIGKILL (out of memory?)" in str(ended.value)
+    assert "--training.resume=" in str(ended.value)
 
 
 def test_a_clusters_own_variables_do_not_count(monkeypatch):

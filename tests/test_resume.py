@@ -7,10 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import checkpoint
 import collectives
 import kill_and_resume
 import pytest
-import torch
 import train_imagenet
 from conftest import ROOT, free_port
 
@@ -42,7 +42,7 @@ def stop_after(monkeypatch, steps):
 
 def log(folder):
     times = ("timestamp", "relative_time", "train_time", "val_time", "images_per_second", "waiting_for_data",
-             "peak_memory_mb")
+             "peak_memory_mb", "waiting_most")
     return [{k: v for k, v in json.loads(line).items() if k not in times}
             for line in (folder / "log").read_text().splitlines()]
 
@@ -72,6 +72,12 @@ def test_a_run_goes_on_only_as_it_began(train, monkeypatch):
     with pytest.raises(InputError, match="this run is finished"):
         train("run")
     assert (folder / "final_weights.pt").exists()
+
+
+def test_a_second_process_is_kept_out_of_a_run(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    with checkpoint.alone_in(tmp_path / "run"), pytest.raises(InputError, match="another process trains in it"):
+        train("run")
 
 
 def test_killed_runs_end_alike():
@@ -105,26 +111,42 @@ def test_two_processes_asked_to_stop_save_first(ffcv, tmp_path, whom):
     assert stderr.count("go on with --training.resume=") == 1
 
 
-def test_torchrun_restarts_a_killed_process(ffcv, tmp_path):
-    """Two gloo processes, one killed after the first checkpoint; torchrun starts both again, and they go on."""
-    folders = {}
-    for name in ("whole", "killed"):
-        words = kill_and_resume.command(ffcv, tmp_path / name, "", "--training.epochs=6", "--training.batch_size=6")[1:]
+@pytest.fixture(scope="module")
+def torchrun(ffcv, tmp_path_factory):
+    """torchrun(nodes, kill) -> the run folder of two gloo processes, of which one was killed after a checkpoint."""
+    def start(nodes, kill):
+        logs, port = tmp_path_factory.mktemp("logs"), free_port()
+        words = kill_and_resume.command(ffcv, logs, "", "--training.epochs=6", "--training.batch_size=6")[1:]
         words.remove("--logging.name=")
-        process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                                    "--max-restarts=1", "--standalone", *words], cwd=ROOT / "train",
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if name == "killed":
-            while not list((tmp_path / name).glob("*/checkpoint.pt")):
-                assert process.poll() is None, process.stdout.read()
+        agent = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}",
+                 f"--nproc_per_node={2 // nodes}", "--max-restarts=1", "--rdzv_backend=c10d",
+                 f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=run", *words]
+        agents = [subprocess.Popen(agent, cwd=ROOT / "train", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True, env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+                  for _ in range(nodes)]
+        if kill:
+            while not (logs / "run/checkpoint.pt").exists():
+                assert all(agent.poll() is None for agent in agents), [agent.communicate()[0] for agent in agents]
                 time.sleep(0.02)
-            os.kill(sorted(children(process.pid))[-1], signal.SIGKILL)
-        output = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, output[-9000:]
-        (folders[name],) = (tmp_path / name).iterdir()
-    assert output.count("run folder:") == 2      # it did start twice
-    assert [record["epoch"] for record in log(folders["killed"])] == list(range(6))
-    torch.testing.assert_close(kill_and_resume.weights(folders["killed"]), kill_and_resume.weights(folders["whole"]))
+            os.kill(sorted(children(agents[-1].pid))[-1], signal.SIGKILL)
+        output = "".join(agent.communicate(timeout=300)[0] for agent in agents)
+        assert not any(agent.returncode for agent in agents), output[-9000:]
+        assert output.count("run folder:") == 1 + kill
+        return logs / "run"
+    return start
+
+
+@pytest.fixture(scope="module")
+def whole(torchrun):
+    return torchrun(1, kill=False)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_torchrun_restarts_a_killed_process(torchrun, whole, nodes):
+    """On one node and on two: torchrun starts both processes again, and they go on."""
+    folder = torchrun(nodes, kill=True)
+    assert [record["epoch"] for record in log(folder)] == list(range(6))
+    assert kill_and_resume.same(kill_and_resume.weights(folder), kill_and_resume.weights(whole))
 
 
 def children(pid):

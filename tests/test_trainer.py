@@ -89,6 +89,26 @@ def test_compiled_steps_are_the_same_steps(make_trainer, monkeypatch, head):
     assert len(graphs) == 2
 
 
+def test_every_resolution_is_compiled(make_trainer, monkeypatch):
+    """PyTorch gives up after eight graphs; a ramp of resolutions and validation's batches make more."""
+    graphs, compile = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: compile(
+        self, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True, **given))
+    torch._dynamo.reset()
+    model = make_trainer("--training.compile=1").model.eval()
+    with torch.inference_mode():
+        for pixels in range(32, 41):
+            model(torch.rand(1, 3, pixels, pixels))
+    assert len(graphs) == 9
+
+
+def test_a_run_that_diverged_ends_before_it_is_saved(trainer):
+    trainer.check_weights()
+    trainer.model.fc.nesting_classifier_1.weight.data[0, 0] = float("inf")
+    with pytest.raises(MRL.InputError, match=r"epoch 1: weights are NaN or infinite.* lower --lr.lr"):
+        trainer.check_weights()
+
+
 def test_tta_averages_the_mirrored_image(trainer):
     trainer.model = lambda images: images.mean((2, 3)) * torch.tensor([1., 0, 0]) + images[:, :, 0, 0]
     images = torch.rand(4, 3, 8, 8)

@@ -1,25 +1,31 @@
 """The run folder: params.json, log, checkpoint.pt, final_weights.pt. Made by train_imagenet.py.
 
-params.json       settings, what build_model needs ("model"), versions, git revision, command. Read by MRL.load_model.
+params.json       settings, what build_model needs ("model"), versions, git revision, command, and the run's own number,
+                  which its checkpoints carry too. Read by MRL.load_model.
 log               one JSON object an epoch.
 checkpoint.pt     everything needed to go on; checkpoint_previous.pt is the one before, kept until the new is complete.
+                  What stands there and is no checkpoint of this run becomes checkpoint_refused.pt.
 final_weights.pt  the plain state dict. Read by inference/ and model_analysis/.
 """
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
+import uuid
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torchvision
+from filelock import FileLock, Timeout
 
 from MRL import InputError, read_json, reason, replacing, write_json
 
 FORMAT = "MRL training checkpoint 1"
-CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint_previous.pt"
+CURRENT, PREVIOUS, REFUSED = "checkpoint.pt", "checkpoint_previous.pt", "checkpoint_refused.pt"
 # A continued run may differ from its beginning in these sections and settings: they do not change its result, if the
 # data files are the same, moved elsewhere.
 FREE = ("data", "logging", "validation.batch_size", "dist.address", "dist.port", "training.resume",
@@ -29,7 +35,7 @@ FREE = ("data", "logging", "validation.batch_size", "dist.address", "dist.port",
 def write_params(folder, settings, spec):
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
     write_json(folder / "params.json", {"model": spec, "settings": settings, "versions": versions,
-                                        "git": git_revision(), "command": " ".join(sys.argv)})
+                                        "git": git_revision(), "command": " ".join(sys.argv), "run": uuid.uuid4().hex})
 
 
 def git_revision():
@@ -69,17 +75,46 @@ def make_folder(path):
         raise InputError(f"--logging.folder: cannot write to {path}")
 
 
+@contextmanager
+def alone_in(folder):
+    """No second run trains in this folder meanwhile."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{folder}: another process trains in it; wait for its end, or choose another "
+                         "--logging.name") from None
+    except NotImplementedError:                   # some network file systems
+        print(f"{folder}: no locks on this file system; nothing keeps a second run out of it", file=sys.stderr)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def save(folder, state):
     """Write checkpoint.pt; at every moment a complete checkpoint is on the disk under one of the two names."""
     current = folder / CURRENT
     with replacing(current) as temporary:
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        write_through({"format": FORMAT, "run": run_number(folder), **state}, temporary)
         if current.exists():
             os.replace(current, folder / PREVIOUS)
     sync_folder(folder)
+
+
+def save_weights(folder, state):
+    """Write final_weights.pt, whose being there says that the run is finished."""
+    with replacing(folder / "final_weights.pt") as temporary:
+        write_through(state, temporary)
+    sync_folder(folder)
+
+
+def write_through(content, path):
+    """torch.save, and on the disk when this returns."""
+    with open(path, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder):
@@ -88,20 +123,31 @@ def sync_folder(folder):
     os.close(descriptor)
 
 
+def run_number(folder):
+    return (read_json(folder / "params.json") or {}).get("run")
+
+
 def restore(folder):
-    """-> the newest complete checkpoint, or None where none was made yet. A broken one is named and passed over."""
+    """-> the newest complete checkpoint, or None where none was made yet. One that is broken, or of another run, is
+    named and put aside, so that the next save does not put it in the place of a good one."""
+    for killed in folder.glob(".checkpoint*.pt"):          # half written
+        killed.unlink()
     found = [folder / name for name in (CURRENT, PREVIOUS) if (folder / name).exists()]
     for path in found:
         try:
-            return read(path)
+            state = read(path, run_number(folder))
         except InputError as error:
             print(f"warning: {error}" + ("; using the one before" if path != found[-1] else ""), file=sys.stderr)
+            continue
+        if path != found[0]:
+            os.replace(found[0], folder / REFUSED)
+        return state
     if found:
-        raise InputError(f"{folder}: none of its checkpoints can be read; choose another --logging.name to begin anew")
+        raise InputError(f"{folder}: none of its checkpoints can be used; choose another --logging.name to begin anew")
     return None
 
 
-def read(path):
+def read(path, run=None):
     """-> the state that `save` was given; InputError for a truncated, damaged or foreign file."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -111,10 +157,14 @@ def read(path):
         raise InputError(f"{path}: truncated or no checkpoint ({reason(error)})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path}: damaged, or not a training checkpoint of this repository")
+    if state.get("run") != run:
+        raise InputError(f"{path}: a checkpoint of another run")
     return state
 
 
 def append_log(folder, record):
+    """A line of JSON, which knows no NaN: null."""
+    record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     with open(folder / "log", "a") as file:
         file.write(json.dumps(record) + "\n")
 

@@ -41,6 +41,21 @@ def total(process, tensor):
     return tensor
 
 
+def mean_of_each(world_size, bucket):
+    """DDP's mean over the processes, for each gradient by itself.
+
+    DDP deals the gradients into other buckets after a start's first step, and gloo's sums over three or more processes
+    depend on the place in a bucket: a resumed run would not be equal to the bit.
+    """
+    sums = [dist.all_reduce(gradient, async_op=True).get_future() for gradient in bucket.gradients()]
+
+    def mean(_):
+        for each in sums:
+            each.value()      # raises what went wrong, such as the end of another process
+        return bucket.buffer().div_(world_size)
+    return torch.futures.collect_all(sums).then(mean)
+
+
 def gather(process, item):
     """-> list of every process's item (plain objects), in each process."""
     if process.alone:

@@ -18,8 +18,8 @@ def table(record, spec, epochs):
              f"waiting for data {record['waiting_for_data']:.0%}  {record['train_time']:.1f} s  "
              f"peak {record['peak_memory_mb']:.0f} MB  loss {record['train_loss']:.4f}"]
     if record["waiting_for_data"] > 0.2:
-        lines.append("  hint: the device waits for data; more --data.num_workers, more CPU cores, "
-                     "or a file with fewer JPEGs (write_imagenet.sh) would help")
+        lines.append(f"  hint: the device of process {record['waiting_most']} waits for data; more "
+                     "--data.num_workers, more CPU cores, or a file with fewer JPEGs (write_imagenet.sh) would help")
     if "val_images" in record:
         lines.append("    size   top-1 %   top-5 %  val loss  train loss")
         for size, end in zip(spec["nesting_list"], endings(spec), strict=True):

@@ -115,6 +115,10 @@ def spawn(worker, settings, *args):
         while not context.join():
             pass
     except mp.ProcessExitedException as stopped:
+        if stopped.exit_code < 0:      # killed: it could not say why
+            sys.exit(f"error: process {stopped.error_index} was ended by {signal.Signals(-stopped.exit_code).name}"
+                     f"{' (out of memory?)' if stopped.exit_code == -signal.SIGKILL else ''}; "
+                     "go on with --training.resume=<the run folder named above>")
         sys.exit(stopped.exit_code)
 
 
@@ -138,11 +142,17 @@ def run_worker(local_rank, worker, settings, *args):
                             world_size=size)
     try:
         worker(Process(rank, local_rank, size, device), settings, *args)
-    finally:
-        # gloo's threads need Python's lock to let go of the last tensors, and the next line waits for them holding it
-        # (seen with PyTorch 2.6): give them the time.
-        time.sleep(0.1)
-        dist.destroy_process_group()
+    except SystemExit:      # all stop together. After an error the group stays: its end would wait for the others, who
+        leave_group()       # may wait for this one
+        raise
+    leave_group()
+
+
+def leave_group():
+    # gloo's threads need Python's lock to let go of the last tensors, and the next line waits for them holding it
+    # (seen with PyTorch 2.6): give them the time.
+    time.sleep(0.1)
+    dist.destroy_process_group()
 
 
 def meeting_place(rank, size):

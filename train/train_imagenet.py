@@ -11,6 +11,7 @@ Reads the files of write_imagenet.sh; leaves a run folder (see checkpoint.py) un
 """
 import time
 import uuid
+from contextlib import nullcontext
 from pathlib import Path
 
 import checkpoint
@@ -113,13 +114,20 @@ def worker(process, settings, spec, folder):
     if settings.training.eval_only:
         return validate_only(trainer, val)
     stop = collectives.StopRequest(process)
+    with checkpoint.alone_in(folder) if process.first else nullcontext():
+        go_on(trainer, val, stop)
+
+
+def go_on(trainer, val, stop):
+    """Train from the last checkpoint on, or from the beginning, to the end."""
+    process, settings, folder = trainer.process, trainer.settings, trainer.folder
     if state := collectives.share(process, checkpoint.restore(folder) if process.first else None):
         trainer.restore(state)
     if process.first:
         checkpoint.forget_after(folder, trainer.epoch)
-    t = settings.training
+    d, t = settings.data, settings.training
     train = train_loader(d.train_dataset, t.batch_size, d.num_workers, d.in_memory, settings.resolution.min_res, t.seed,
-                         device, not process.alone, scale=t.crop_scale, flip=t.flip)
+                         process.device, not process.alone, scale=t.crop_scale, flip=t.flip)
     trainer.run(train, val, stop)
 
 
@@ -146,6 +154,9 @@ def check(settings, spec):
     if settings.training.precision == "fp16" and settings.training.device == "cpu":
         raise InputError("--training.precision=fp16: on a CPU use fp32 or bf16")
     schedules.check(settings)
+    if settings.dist.world_size > 1 and not settings.data.in_memory:
+        raise InputError("--data.in_memory=0 with several processes: FFCV would hold nearly the whole file in each; "
+                         "give 1: the file is mapped, and what does not fit in memory is read again")
     check_resolutions(settings, spec)
     images = check_file(settings.data.train_dataset, spec["num_classes"])
     check_file(settings.data.val_dataset, spec["num_classes"])
@@ -172,6 +183,8 @@ def open_folder(folder, settings, spec):
 def main():
     folder = looked_up("--training.resume", type=Path)      # the settings come from there
     settings = read_settings(CONFIG, __doc__, checkpoint.saved_settings(folder) if folder else None)
+    if settings.training.resume and not folder:
+        raise InputError("training.resume in a config file: give --training.resume on the command line")
     settings.dist.world_size = launch.world_size(settings)
     spec = model_spec(settings)
     check(settings, spec)

@@ -14,7 +14,7 @@ from stopwatch import Stopwatch
 from torch import nn
 from tqdm import tqdm
 
-from MRL import InputError, autocast, count, reason, replacing, stack_logits
+from MRL import InputError, autocast, count, reason, stack_logits
 
 
 class Trainer:
@@ -35,10 +35,17 @@ class Trainer:
         self.epoch, self.step, self.before, self.began = 0, 0, 0.0, time.time()
         self.losses = torch.zeros(len(spec["nesting_list"]), device=self.device)
         if settings.training.compile:
-            self.model.compile(dynamic=False)       # a new graph at each resolution; three of them in 40 epochs
-        ids = [self.device] if self.device.type == "cuda" else None
-        self.parallel = self.model if process.alone else nn.parallel.DistributedDataParallel(self.model, ids)
+            torch._dynamo.config.cache_size_limit = 64      # a graph for each resolution and each size of a batch
+            self.model.compile(dynamic=False)
+        self.parallel = self.model if process.alone else self.data_parallel()
         torch.manual_seed(settings.training.seed + 1 + process.rank)      # dropout differs between processes
+
+    def data_parallel(self):
+        if self.device.type == "cuda":
+            return nn.parallel.DistributedDataParallel(self.model, [self.device], gradient_as_bucket_view=True)
+        parallel = nn.parallel.DistributedDataParallel(self.model)
+        parallel.register_comm_hook(self.process.world_size, collectives.mean_of_each)
+        return parallel
 
     # ---- state
 
@@ -116,7 +123,9 @@ class Trainer:
         return len(watch.ends) * loader.batch_size * self.process.world_size / seconds, waited / seconds
 
     def bar(self, batches, words, **more):
-        return tqdm(batches, words, disable=not self.process.first, leave=False, mininterval=0.5, **more)
+        """tqdm in the first process; where a job's log keeps every state of it, one every 30 seconds."""
+        return tqdm(batches, words, disable=not self.process.first, leave=False,
+                    mininterval=0.5 if sys.stderr.isatty() else 30, **more)
 
     def stopped(self, signum):
         self.save()
@@ -133,8 +142,7 @@ class Trainer:
             if (signum := stop.asked()) and self.epoch < self.settings.training.epochs:
                 self.stopped(signum)
         if self.process.first:
-            with replacing(self.folder / "final_weights.pt") as path:
-                torch.save(self.model.state_dict(), path)
+            checkpoint.save_weights(self.folder, self.model.state_dict())
             print(f"final weights: {self.folder / 'final_weights.pt'}")
 
     def one_epoch(self, loader, val, stop):
@@ -143,12 +151,24 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         speed, waiting = self.train_epoch(loader, stop)
+        self.check_weights()
+        waiting = collectives.gather(self.process, waiting)
         record = {"epoch": self.epoch, "train_time": time.time() - start, "images_per_second": speed,
-                  "waiting_for_data": waiting, "resolution": loader.pipeline_specs["image"].decoder.output_size[0],
+                  "waiting_for_data": max(waiting), "waiting_most": waiting.index(max(waiting)),
+                  "resolution": loader.pipeline_specs["image"].decoder.output_size[0],
                   "current_lr": self.optimizer.param_groups[0]["lr"], **self.train_losses(len(loader))}
         if self.settings.logging.log_level or self.epoch + 1 == self.settings.training.epochs:
             record |= self.validate(val)
         self.finish_epoch(record)
+
+    def check_weights(self):
+        """A run that has diverged ends here, before it is saved over the last checkpoint that was of use."""
+        if all(p.isfinite().all() for p in self.model.parameters()):
+            return
+        if self.process.first:
+            raise InputError(f"epoch {self.epoch + 1}: weights are NaN or infinite. Begin anew with a lower --lr.lr or "
+                             f"with --training.precision=bf16; the last checkpoint stays in {self.folder}")
+        collectives.share(self.process, None)      # the first says it for all
 
     def train_losses(self, steps):
         """-> the epoch's mean loss, and that of each size; over all processes."""
@@ -158,7 +178,7 @@ class Trainer:
 
     def finish_epoch(self, record):
         record = {"timestamp": time.time(), "relative_time": self.elapsed(), **record,
-                  "peak_memory_mb": self.peak_memory()}
+                  "peak_memory_mb": max(collectives.gather(self.process, self.peak_memory()))}
         self.epoch, self.step = self.epoch + 1, 0
         self.losses.zero_()
         if self.process.first:

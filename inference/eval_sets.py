@@ -44,8 +44,8 @@ CLASSIFICATION = {
     "R": Row("ImageNet-R", ("imagenet-r", "imagenet-r_"), "imagenet_r_synsets.txt", 30_000,
              "https://github.com/hendrycks/imagenet-r"),
     "Sketch": Row("ImageNet-Sketch",
-                  ("sketch", "imagenet-sketch/sketch", "ImageNet-Sketch/sketch", "ImageNet-Sketch"), SYNSETS, 50_889,
-                  "https://github.com/HaohanWang/ImageNet-Sketch"),
+                  ("sketch", "imagenet-sketch/sketch", "ImageNet-Sketch/sketch", "imagenet-sketch", "ImageNet-Sketch"),
+                  SYNSETS, 50_889, "https://github.com/HaohanWang/ImageNet-Sketch"),
 }
 
 # What is embedded for retrieval: the database is the split `train`, the queries `val`. V2 searches 1K's database.
@@ -110,10 +110,11 @@ def synsets(file):
 def label_order(row, folder, found, num_classes, any_classes):
     """-> (class folders in label order, the checkpoint's logits to keep or None for all)."""
     if row.classes == "integers":
-        check_folders(row, folder, found, [str(i) for i in range(num_classes)])
-        return [str(i) for i in range(num_classes)], None
-    if row.own and (num_classes != 1000 or not set(found) & set(synsets(SYNSETS))):
-        return own_classes(folder, found, None if any_classes else num_classes), None
+        integers = [str(i) for i in range(1000 if any_classes else num_classes)]
+        check_folders(row, folder, found, integers)
+        return integers, None
+    if row.own and is_own(found, num_classes, any_classes):
+        return own_classes(row, folder, found, None if any_classes else num_classes), None
     expected = synsets(row.classes)
     check_folders(row, folder, found, expected)
     if any_classes:
@@ -124,9 +125,19 @@ def label_order(row, folder, found, num_classes, any_classes):
     return expected, None if row.classes == SYNSETS else [position[synset] for synset in expected]
 
 
-def own_classes(folder, found, num_classes):
+def is_own(found, num_classes, any_classes):
+    """Is it a user's set, of other classes or of some of ImageNet's, and not ImageNet with folders missing?"""
+    if num_classes == 1000 or (any_classes and num_classes != len(found)):
+        return not set(found) & set(synsets(SYNSETS))
+    return True
+
+
+def own_classes(row, folder, found, num_classes):
     """Any other image folder is taken as it is, classes in sorted order; only their number is checked."""
-    if not found or num_classes not in (None, len(found)):
+    if not found:
+        raise InputError(f"{folder} has no class folders: {row.title} is 1,000 synset folders (n01440764 ...), from "
+                         f"{row.source}; images of your own need a folder for each class")
+    if num_classes not in (None, len(found)):
         raise InputError(f"{folder} has {len(found)} class folders, the checkpoint {num_classes} classes")
     return found
 

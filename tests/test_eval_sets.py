@@ -32,6 +32,7 @@ def accuracy(images):
     ("V2", "ImageNetV2-matched-frequency", [str(i) for i in range(1000)]),
     ("sketch", "imagenet-sketch/sketch", IMAGENET),
     ("Sketch", "ImageNet-Sketch/sketch", IMAGENET),
+    ("Sketch", "imagenet-sketch", IMAGENET),
     ("A", "imagenet-a", {wnid: IMAGENET.index(wnid) for wnid in A}),
     ("R", "imagenet-r_", {wnid: IMAGENET.index(wnid) for wnid in R}),
 ])
@@ -89,6 +90,30 @@ def test_incomplete_imagenet_is_not_taken_for_a_users_own_set(tmp_path):
         opened("V1", tmp_path)
     with pytest.raises(InputError, match="needs 1000"):
         opened("1K", tmp_path, table=RETRIEVAL, split="val")
+
+
+def test_some_of_imagenets_folders_are_a_users_set_only_if_the_checkpoint_has_as_many_classes(tmp_path):
+    make_tree(tmp_path / "val", IMAGENET[:9])
+    assert len(opened("1K", tmp_path, num_classes=9, table=RETRIEVAL, split="val").classes) == 9
+    with pytest.raises(InputError, match="needs 1000 class folders, found 9 "):
+        opened("1K", tmp_path, num_classes=10, table=RETRIEVAL, split="val")
+
+
+def test_v2_is_embedded_by_a_checkpoint_of_any_classes(tmp_path):
+    make_tree(tmp_path / "imagenetv2-matched-frequency", [str(i) for i in range(1000)])
+    assert opened("V2", tmp_path, num_classes=10, table=RETRIEVAL, split="val").labels.tolist() == list(range(1000))
+    (tmp_path / "imagenetv2-matched-frequency" / "999").rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"needs 1000 class folders, found 999 .*missing 999"):
+        opened("V2", tmp_path, num_classes=10, table=RETRIEVAL, split="val")
+
+
+@pytest.mark.parametrize("table, name, split", [(CLASSIFICATION, "V1", None), (RETRIEVAL, "1K", "val")])
+def test_images_without_class_folders(tmp_path, table, name, split):
+    """ImageNet's own tar file of the validation set unpacks so."""
+    make_tree(tmp_path, ["val"])
+    with pytest.raises(InputError, match=r"val has no class folders: ImageNet-1K val is 1,000 synset folders "
+                                         r"\(n01440764 ...\), from https://www.image-net.org"):
+        opened(name, tmp_path, table=table, split=split)
 
 
 def test_missing_set(tmp_path, monkeypatch):

@@ -211,7 +211,7 @@ def test_ff16_embeddings_are_16_wide(command, tmp_path):
 
 
 def test_v2_writes_queries_only(command, tmp_path):
-    make_tree(tmp_path / "sets" / "imagenetv2-matched-frequency-format-val", DIGITS)
+    make_tree(tmp_path / "sets" / "imagenetv2-matched-frequency-format-val", [str(i) for i in range(1000)])
     command("--path", make_run(tmp_path / "run", "ff8"), "--retrieval", "--dataset", "V2",
             "--retrieval_array_path", tmp_path / "arrays", data_root=tmp_path / "sets")
     assert names(tmp_path / "arrays") == [f"V2_val_mrl0_e0_ff8-{end}" for end in ("X.json", "X.npy", "y.npy")]

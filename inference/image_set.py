@@ -69,6 +69,8 @@ class ImageSet(Dataset):
 def read_rgb(path):
     """-> the image as RGB; grey, palette and CMYK files are converted."""
     with Image.open(path) as image:
+        if image.mode.startswith("I"):            # grey of 16 bits, which convert() cuts off at 255
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         return image.convert("RGB")
 
 

@@ -1,8 +1,11 @@
 """Sets are found, checked and labelled as their rows say: a wrong rule makes ColourReader wrong."""
+import hashlib
+import re
+
 import numpy as np
 import pytest
 import torch
-from eval_sets import CLASSIFICATION, RETRIEVAL, incomplete, lookup, open_set, synsets
+from eval_sets import CLASSIFICATION, HERE, RETRIEVAL, incomplete, lookup, open_set, synsets
 from evaluate import evaluate
 from image_set import Preparation, make_loader
 from image_trees import SIZE, ColourReader, make_tree
@@ -12,6 +15,20 @@ from MRL import InputError
 IMAGENET = synsets("imagenet_synsets.txt")
 A, R = synsets("imagenet_a_synsets.txt"), synsets("imagenet_r_synsets.txt")
 PREPARATION = Preparation(SIZE, SIZE)
+
+
+@pytest.mark.parametrize("file, n, sha256, positions", [
+    ("imagenet", 1000, "70002b0ff5de60a3a17a82dbfcff291931f96225ddf941ad2e182fc39e183d15", [0, 1, 2, 3]),
+    ("imagenet_a", 200, "9826a24166e74ce62fb87b27889874ca26917542c745712309d6e25855d63bc2", [6, 11, 13, 15]),
+    ("imagenet_r", 200, "a6a0729f7a99230280639cab6e51e01485a3b41a676ea35621a501c9d6e83ca4", [1, 2, 4, 6]),
+    ("imagenet4k", 4202, "8d12a5f5f5af8cbc62d5e0da6fba72b854ba12125a60e0f869376e5680d7dc5c", None),
+])
+def test_class_lists(file, n, sha256, positions):
+    """To the byte as they were compared with their sources; the first positions are those the authors' code lists."""
+    path, listed = HERE / f"{file}_synsets.txt", synsets(f"{file}_synsets.txt")
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+    assert len(set(listed)) == n and all(re.fullmatch(r"n\d{8}", synset) for synset in listed)
+    assert positions is None or [IMAGENET.index(synset) for synset in listed[:4]] == positions
 
 
 def opened(name, root, num_classes=1000, table=CLASSIFICATION, split=None):

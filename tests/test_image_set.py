@@ -1,6 +1,7 @@
 """Images of any kind become (x, y) in their order; unreadable ones keep their place."""
 import numpy as np
 import pytest
+import torch
 from image_set import ImageSet, Preparation, make_loader
 from image_trees import SIZE, make_tree, write_image
 from PIL import Image
@@ -19,6 +20,15 @@ def test_other_colour_modes_become_rgb(tmp_path, mode):
     Image.new("L", (9, 9), 255).convert(mode).save(tmp_path / "a" / "a_0.JPEG", format="PNG")
     x, y = opened(tmp_path, ["a"])[0]
     assert y == 0 and x.shape == (3, SIZE, SIZE)
+
+
+def test_grey_of_16_bits_is_scaled(tmp_path):
+    levels = np.array([0, 257, 20_000, 65_535], np.uint16)
+    make_tree(tmp_path, ["a"])
+    for i, level in enumerate(levels):
+        Image.fromarray(np.full((9, 9), level)).save(tmp_path / "a" / f"a_{i}.JPEG", format="PNG")
+    expected = torch.stack([PREPARATION(Image.new("RGB", (9, 9), (grey,) * 3)) for grey in (0, 1, 77, 255)])
+    assert torch.stack([x for x, _ in opened(tmp_path, ["a"])]).equal(expected)
 
 
 def test_cmyk_jpeg_becomes_rgb(tmp_path):

@@ -11,10 +11,12 @@ import pytorch_inference
 import torch
 from conftest import ROOT, free_port, with_python
 from eval_sets import synsets
+from image_set import ImageSet, Preparation
 from image_trees import make_run, make_tree
+from PIL import Image
 from pytorch_inference import arguments
 
-from MRL import InputError, build_model
+from MRL import InputError, build_model, load_model
 
 SMALL = ["--resize", "8", "--crop", "8", "--workers", "0", "--batch_size", "64", "--device", "cpu"]
 DIGITS = [str(i) for i in range(10)]
@@ -69,6 +71,30 @@ def test_one_checkpoint_saves_everything(command, tmp_path, capsys):
     assert printed[0] == "V1: 20 images, 10 classes, tta True, mrl1_e0_ff512"
     assert [line.split()[0] for line in printed[-8:-1]] == ["8", "16", "32", "64", "128", "256", "512"]
     assert printed[-1] == f"figures, logits, softmax, gt, predictions written to {out}/"
+
+
+def test_mirrored_images_and_precision_reach_the_network(command, root, tmp_path):
+    """Images whose halves differ; what is saved against the network on x and on x mirrored."""
+    rng = np.random.default_rng(0)
+    for path in (root / "val").rglob("*.JPEG"):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path, format="PNG")
+    path = make_run(tmp_path / "run", "ff8")
+    x, y = map(torch.stack, zip(*[(image, torch.tensor(label)) for image, label in
+                                  ImageSet(root / "val", DIGITS, None, Preparation(8, 8))], strict=True))
+    with torch.no_grad():
+        plain, mirrored = (load_model(path)(images) for images in (x, x.flip(3)))
+    assert not torch.allclose(plain, mirrored, rtol=0.1)
+    found = {}
+    for name, words in {"plain": [], "tta": ["--tta"], "bf16": ["--precision", "bf16"]}.items():
+        command("--path", path, "--save_logits", "--output", tmp_path / name, *words)
+        logits = torch.load(next((tmp_path / name).glob("*_logits.pth")), weights_only=True)[0]
+        found[name] = logits, json.loads(next((tmp_path / name).glob("*_accuracy_*.json")).read_text())
+    torch.testing.assert_close(found["plain"][0], plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["tta"][0], plain + mirrored, rtol=1e-4, atol=1e-5)
+    loss = torch.nn.functional.cross_entropy((plain + mirrored) / 2, y).item()      # of the mean, as in training's log
+    assert found["tta"][1]["loss"] == [pytest.approx(loss, rel=1e-4)]
+    rounding = (found["bf16"][0] - plain).abs().max()
+    assert 1e-4 < rounding < 0.1 and found["bf16"][1]["precision"] == "bf16"
 
 
 def test_ff_models_beside_mrl_and_mrl_e(command, tmp_path, capsys):
@@ -258,11 +284,16 @@ def test_sizes_are_spelled_with_commas_or_spaces(monkeypatch, words):
 
 
 def test_defaults(monkeypatch):
-    """Those of the README; precision, storage and folders show in what the other tests leave."""
+    """The original's, and what the README says."""
     monkeypatch.setattr("sys.argv", ["pytorch_inference.py", "--path", "w.pt"])
     args = arguments()
-    assert (args.resize, args.crop, args.batch_size) == (256, 224, 256)
+    assert (args.resize, args.crop, args.batch_size, args.precision, args.storage) == (256, 224, 256, None, None)
     assert not (args.tta or args.skip_bad_images or args.overwrite or args.retrieval or args.old_ckpt)
+
+
+def test_amp_is_fp16(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["pytorch_inference.py", "--path", "w.pt", "--amp"])
+    assert arguments().precision == "fp16"
 
 
 @pytest.mark.parametrize("words", [["--amp", "--precision", "fp32"], ["--nesting_list", "8,x"]])

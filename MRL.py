@@ -583,6 +583,7 @@ def what_stops(main):
     """Run main -> None, or why it ended."""
     try:
         main()
+        flush_output()
     except InputError as error:
         return str(error)
     except OSError as error:
@@ -593,6 +594,16 @@ def what_stops(main):
         return f"not enough memory; smaller batches or images, or fewer classes, need less ({reason(error)})"
     except KeyboardInterrupt:
         return "interrupted"
+
+
+def flush_output():
+    """Now: what fails at Python's exit ends in three lines of Python's, and with status 120."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())       # at its exit Python writes what is left once more
+        raise InputError(f"standard output: {error.strerror}") from None
 
 
 def reason(error):

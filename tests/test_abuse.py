@@ -6,7 +6,7 @@ warning; nothing is left behind, and what was there stays as it was. Code hidden
 folder `ran`. All input lies under paths with spaces and letters beyond ASCII. Most commands run in this process, as
 scripts; those that start processes of their own, or are interrupted, run as a user's would.
 
-Refused, 147: 43 train_imagenet, 34 pytorch_inference, 24 retrieve, 12 baselines, 11 cascades, 10 write_imagenet,
+Refused, 153: 44 train_imagenet, 34 pytorch_inference, 29 retrieve, 12 baselines, 11 cascades, 10 write_imagenet,
 10 build_imagenet4k, 2 prepare, 1 pictures. Absurd, but valid: 9. Interrupted: 6. Shell scripts: 2.
 """
 import ctypes
@@ -147,7 +147,7 @@ LEARN = "model_analysis/cascades.py learn --policy {here}/policy.json --folder"
 APPLY = "model_analysis/cascades.py apply --folder {saved} --policy {here}/policy.json"
 POLICY = {"thresholds": [0.5, 0.5], "n": 40, "fraction": 0.2, "seed": 0, "head": "mrl", "nesting_list": SIZES,
           "checkpoint": "c0ffee", "dataset": "V1", "images": "12", "tta": False}
-LOCK, RUN_LOCK = "out/neighbors/mrl/.*.lock", "out/run/.lock"      # empty, and taken by nobody
+LOCK = "out/neighbors/mrl/.*.lock"      # empty, and taken by nobody
 
 TABLE = [
     # -- images -> .ffcv
@@ -180,6 +180,7 @@ TABLE = [
     Row("NaN for a rate", TRAIN + " --lr.lr=nan", "--lr.lr=nan"),
     Row("momentum below 0", TRAIN + " --training.momentum=-1", "--training.momentum=-1"),
     Row("weights of NaN", TRAIN + " --model.relative_importance=nan,1,1,1,1,1,1,1", "relative_importance"),
+    Row("two processes and a file that is not mapped", TRAIN + TWO + " --data.in_memory=0", "--data.in_memory=0"),
     Row("a port of letters", TRAIN + TWO + " --dist.port=http", "--dist.port=http"),
     Row("a port past the last", TRAIN + TWO + " --dist.port=99999", "--dist.port=99999"),
     Row("a batch of a billion", TRAIN + " --training.batch_size=1000000000", "--training.batch_size"),
@@ -210,12 +211,11 @@ TABLE = [
         run_folder(TRAIN, lambda params: params | {"settings": {"training": 5}})),
     Row("another length", RESUME + " --training.epochs=2", "--training.epochs=1, now 2", run_folder(TRAIN)),
     Row("code in the checkpoint", RESUME, "out/run: none of its checkpoints can be",
-        run_folder(TRAIN, checkpoint_of=lambda place: {"format": checkpoint.FORMAT, "model": Code(place)}),
-        leaves=(RUN_LOCK,)),
+        run_folder(TRAIN, checkpoint_of=lambda place: {"format": checkpoint.FORMAT, "model": Code(place)})),
     Row("another network's checkpoint", RESUME, r"checkpoint\.pt",
-        run_folder(TRAIN, checkpoint_of=checkpoint_of_another_network), leaves=(RUN_LOCK,)),
+        run_folder(TRAIN, checkpoint_of=checkpoint_of_another_network)),
     Row("disk full at the checkpoint", TRAIN + " --logging.name=run", r"checkpoint\.pt could not be written",
-        file_limit=50_000, leaves=("out", "out/run", "out/run/params.json", "out/run/log", RUN_LOCK)),
+        file_limit=50_000, leaves=("out", "out/run", "out/run/params.json", "out/run/log")),
 
     # -- inference
     Row("no path", BARE + " ''", "No such file"),
@@ -319,6 +319,16 @@ TABLE = [
         "--shortlist: 0"),
     Row("k below 1", "retrieval/retrieve.py rerank --retrieval_dim 8 --rerank_dims 32 --shortlist 9 --k 0 " + FIND,
         "--k: 0"),
+    Row("a shortlist past the list", "retrieval/retrieve.py rerank --retrieval_dim 8 --rerank_dims 32 --shortlist 9 "
+        "--k 8 " + FIND, "k=8: .* shorter than the shortlist, 9"),
+    Row("a funnel that grows", "retrieval/retrieve.py funnel --retrieval_dim 8 --rerank_dims 16 32 --shortlists 5 9 "
+        + FIND, "must not grow"),
+    Row("a funnel without an end", "retrieval/retrieve.py funnel --retrieval_dim 8 --rerank_dims 16 32 --shortlists 5 "
+        + FIND, "as many sizes as shortlists"),
+    Row("a size past the width, the last of several", "retrieval/retrieve.py search --sizes 8 64 " + FIND,
+        "size 64 is past"),
+    Row("an index of fewer candidates than results", "retrieval/retrieve.py index --retrieval_dim 8 --shortlist 5 "
+        + FIND, "shortlist=5 is not between 10"),
     Row("a report without a shortlist", "retrieval/retrieve.py report --shortlist -1 " + FIND, "--shortlist: -1"),
     Row("an index of a trillion candidates", "retrieval/retrieve.py index --retrieval_dim 8 --index hnsw32 "
         "--shortlist 1000000000000 " + FIND, "1000000000000"),
@@ -460,6 +470,20 @@ def test_the_demo_removes_nothing_in_a_folder_that_it_did_not_make(place):
     done = subprocess.run(["bash", "demo.sh", "my work"], cwd=place.here, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and re.fullmatch("error: .*/my work is not empty.*\n", done.stderr), done.stderr
     assert contents(place) == before
+
+
+@pytest.mark.parametrize("reader", ["/dev/full", "a closed pipe"])
+def test_output_that_nobody_takes(place, reader):
+    """`> a file` on a full disk, and `| head`: the work is done, what it says is lost, and one line says so."""
+    script, *words = words_of("retrieval/retrieve.py search --sizes 8 " + FIND, place)
+    end, pipe = os.pipe()
+    os.close(end)
+    with open("/dev/full" if reader == "/dev/full" else pipe, "wb") as stdout:
+        done = subprocess.run([sys.executable, Path(script).name, *words], cwd=(ROOT / script).parent, stdout=stdout,
+                              stderr=subprocess.PIPE, text=True, check=False,
+                              env=with_python(OMP_NUM_THREADS="1", PYTHONUNBUFFERED=""))
+    assert done.returncode == 1 and re.search("standard output: (No space|Broken pipe)", the_line(done.stderr))
+    assert list(place.here.glob("out/neighbors/mrl/*.npy"))
 
 
 # ------------------------------------------------------------------------------------------------ interrupted

@@ -89,6 +89,7 @@ def alone_in(folder):
     try:
         yield
     finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 

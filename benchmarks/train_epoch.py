@@ -1,5 +1,6 @@
 """Training with FFCV from a real file: images/s, the share of time waiting for data, and the CPU cores it would take.
 
+    export PYTHONPATH=train
     python benchmarks/train_epoch.py --images $IMAGENET_DIR/val --workers 4 8 16          on the GPU
     python benchmarks/train_epoch.py --device cpu --arch resnet18 --batch_size 8 --resolution 32 --count 32 --pixels 64
 

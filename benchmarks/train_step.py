@@ -1,10 +1,11 @@
 """One optimiser step with its data on the device: images/s of FF, MRL and MRL-E, against a plain trainer's step.
 
+    export PYTHONPATH=train
     python benchmarks/train_step.py                      ResNet50, batch 512, 160, 192 and 224 px, on the GPU
     python benchmarks/train_step.py --compile 1 --precision bf16
     python benchmarks/train_step.py --device cpu --arch resnet18 --batch_size 8 --resolutions 32 --rounds 2
 
-Ours is the step of train/trainer.py: uint8 images normalised on the device, channels-last, fused SGD, one batched loss,
+Ours is train/trainer.py's own step: uint8 images normalised on the device, channels-last, fused SGD, one batched loss,
 autocast, torch.compile on request; it never waits for the device. Plain is the usual recipe: fp16 autocast and
 GradScaler, channels-last, BlurPool, cudnn.benchmark, SGD as PyTorch's default, one linear layer and one cross-entropy
 per size; it waits once a step, in GradScaler, as it must with that SGD. Each resolution is warmed up, then all take
@@ -16,12 +17,17 @@ import argparse
 
 import torch
 import torch.nn.functional as F
+from launch import Process
 from measure import machine, spread, take_turns
+from recipe import model_spec
+from settings import given_settings
 from torch import nn
+from train_imagenet import CONFIG
+from trainer import Trainer
 
-from MRL import MEAN, STD, Matryoshka_CE_Loss, autocast, build_model, classifier, feature_width
+from MRL import MEAN, STD, autocast, build_model, classifier
 
-HEADS = {"FF": None, "MRL": "mrl", "MRL-E": "mrl_e"}      # FF: the size is the feature width
+HEADS = {"FF": {}, "MRL": {"mrl": 1}, "MRL-E": {"efficient": 1}}      # FF: the size is the feature width
 SMOOTHING, WEIGHT_DECAY, RATE = 0.1, 1e-4, 1e-3
 
 
@@ -40,58 +46,42 @@ class PlainHead(nn.Module):
         return [F.linear(x[:, :size], layer.weight[:, :size], layer.bias) for size in self.sizes]
 
 
-def make_model(kind, args):
-    head = HEADS[kind] or f"ff{feature_width(args.arch)}"
-    return build_model(args.arch, head, num_classes=args.classes)
-
-
-def groups(model):
-    """Two groups, as in training: norm parameters without weight decay."""
-    named = list(model.named_parameters())
-    return [{"params": [p for name, p in named if "bn" in name], "weight_decay": 0},
-            {"params": [p for name, p in named if "bn" not in name], "weight_decay": WEIGHT_DECAY}]
+def settings_for(kind, args):
+    nothing = {"train_dataset": "", "val_dataset": "", "num_workers": 1, "in_memory": 1}
+    return given_settings(CONFIG, {
+        "model": {"arch": args.arch, "num_classes": args.classes, **HEADS[kind]}, "data": nothing,
+        "logging": {"folder": ""}, "training": {
+            "batch_size": args.batch_size, "weight_decay": WEIGHT_DECAY, "label_smoothing": SMOOTHING,
+            "use_blurpool": 1, "compile": args.compile, "precision": args.precision, "device": args.device.type}})
 
 
 def ours(kind, args):
-    """-> step(images uint8 [B, R, R, 3], labels): the way of train/trainer.py."""
-    model = make_model(kind, args).to(args.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(groups(model), lr=RATE, momentum=0.9, fused=args.device.type == "cuda")
-    for p in model.parameters():      # as recipe.start_momentum
-        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    criterion = Matryoshka_CE_Loss(label_smoothing=SMOOTHING)
-    if args.compile:
-        model.compile(dynamic=False)
-
-    def loss(x, labels):
-        return criterion.weighted_sum(criterion.per_size(model(x), labels))
-    return optimiser_step(loss, optimizer, args.precision, args.device)
+    """-> step(images uint8 [B, R, R, 3], labels): the trainer's."""
+    settings = settings_for(kind, args)
+    trainer = Trainer(Process(device=args.device), settings, model_spec(settings), folder=None)
+    return lambda images, labels: trainer.train_step(images, labels, RATE)
 
 
 def plain(kind, args):
     """-> step(images uint8 [B, R, R, 3], labels): the usual recipe."""
-    model = make_model(kind, args)
-    name, _ = classifier(model)
-    model.set_submodule(name, PlainHead(model.spec["nesting_list"], args.classes, kind == "MRL-E"))
-    model = model.to(args.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(groups(model), lr=RATE, momentum=0.9)
-    precision = "fp16" if args.device.type == "cuda" else "fp32"
-
-    def loss(x, labels):
-        output = model(x.half() if precision == "fp16" else x)
-        return sum(F.cross_entropy(logits, labels, label_smoothing=SMOOTHING) for logits in output)
-    return optimiser_step(loss, optimizer, precision, args.device)
-
-
-def optimiser_step(loss, optimizer, precision, device):
-    """-> step(images uint8 [B, R, R, 3], labels) that brings loss(normalised images [B, 3, R, R], labels) down."""
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    spec, device = model_spec(settings_for(kind, args)), args.device
+    model = build_model(args.arch, spec["head"], num_classes=args.classes)
+    model.set_submodule(classifier(model)[0], PlainHead(spec["nesting_list"], args.classes, kind == "MRL-E"))
+    model = model.to(device, memory_format=torch.channels_last)
+    norms, others = ([p for name, p in model.named_parameters() if ("bn" in name) == norm] for norm in (True, False))
+    optimizer = torch.optim.SGD([{"params": norms, "weight_decay": 0}, {"params": others}], lr=RATE, momentum=0.9,
+                                weight_decay=WEIGHT_DECAY)
+    half = device.type == "cuda"
+    scaler = torch.amp.GradScaler(device.type, enabled=half)
     mean, std = (torch.tensor([255 * v for v in of], device=device).view(3, 1, 1) for of in (MEAN, STD))
 
     def step(images, labels):
         optimizer.zero_grad(set_to_none=True)
-        with autocast(device, precision):
-            value = loss((images.permute(0, 3, 1, 2).float() - mean) / std, labels)
-        scaler.scale(value).backward()
+        with autocast(device, "fp16" if half else "fp32"):
+            x = (images.permute(0, 3, 1, 2).float() - mean) / std
+            output = model(x.half() if half else x)
+            loss = sum(F.cross_entropy(logits, labels, label_smoothing=SMOOTHING) for logits in output)
+        scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
     return step

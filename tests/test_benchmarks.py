@@ -40,7 +40,7 @@ def test_head(run):
 
 def test_train_step(run):
     done = run("benchmarks", "train_step.py --device cpu --arch resnet18 --batch_size 2 --classes 5 "
-                             "--resolutions 32 40 --rounds 2 --repeat 1 --warmup 1")
+                             "--resolutions 32 40 --rounds 2 --repeat 1 --warmup 1", env={"PYTHONPATH": "../train"})
     tables = rows(done.stdout, ["FF", "MRL", "MRL-E"])
     assert list(tables) == ["FF", "MRL", "MRL-E"] and re.findall(r"^(\d+) px", done.stdout, re.M) == ["32", "40"]
     for found in tables.values():
@@ -51,7 +51,8 @@ def test_train_step(run):
 
 def test_train_epoch(run):
     done = run("benchmarks", "train_epoch.py --device cpu --arch resnet18 --batch_size 4 --resolution 32 --count 20 "
-                             "--pixels 48 --epochs 2 --workers 1 --rounds 2 --repeat 1 --warmup 1")
+                             "--pixels 48 --epochs 2 --workers 1 --rounds 2 --repeat 1 --warmup 1",
+               env={"PYTHONPATH": "../train"})
     (cells,) = rows(done.stdout, ["1 "])["1 "]
     speed, waiting, alone = cells
     plausible([speed, alone])
@@ -64,8 +65,9 @@ def test_train_epoch(run):
 
 
 def test_train_epoch_names_what_is_wrong(refused, tmp_path):
-    assert "--epochs" in refused("benchmarks", "train_epoch.py --epochs 1")
-    assert "no such folder" in refused("benchmarks", f"train_epoch.py --images {tmp_path}/missing")
+    train = {"PYTHONPATH": "../train"}
+    assert "--epochs" in refused("benchmarks", "train_epoch.py --epochs 1", env=train)
+    assert "no such folder" in refused("benchmarks", f"train_epoch.py --images {tmp_path}/missing", env=train)
 
 
 def test_eval_speed(run):
@@ -78,10 +80,10 @@ def test_eval_speed(run):
 
 
 def test_memory_of_a_dump_does_not_grow_with_the_number_of_images(run):
-    """At a fortieth of the claim's sizes, with a fifth of its margin."""
-    done = run("benchmarks", "dump_memory.py --images 500 5000", env={"PYTHONPATH": "../inference"})
+    """At a fortieth of the claim's sizes, with features so wide that keeping them would take 147 MB."""
+    done = run("benchmarks", "dump_memory.py --images 500 5000 --features 8192", env={"PYTHONPATH": "../inference"})
     assert len(re.findall(r"images: peak +[\d.]+ MB private", done.stdout)) == 2
-    assert float(re.search(r"difference: (-?[\d.]+) MB", done.stdout)[1]) < 20
+    assert float(re.search(r"difference: (-?[\d.]+) MB", done.stdout)[1]) < 50
 
 
 def test_retrieval_speed(run):

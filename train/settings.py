@@ -25,6 +25,18 @@ def read_settings(config, description, defaults=None):
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     config.augment_argparse(parser)
     config.collect_argparse_args(parser)
+    return checked(config)
+
+
+def given_settings(config, values):
+    """The same from a dictionary of sections: for other programs (benchmarks/)."""
+    config.content.clear()
+    config.collect(values)
+    return checked(config)
+
+
+def checked(config):
+    """-> the namespaces, of values that are all as declared."""
     check_values(config)
     sections = {}
     for section, name in config.entries:

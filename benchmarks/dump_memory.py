@@ -28,18 +28,18 @@ def make_tree(folder, n, classes=100):
             os.link(image, folder / "tree" / name / f"{name}_{i:08}.JPEG")
 
 
-def dump(folder):
-    """Runs in a process of its own: the dump of a tiny network, 512 features per image."""
+def dump(folder, width):
+    """Runs in a process of its own: the dump of a tiny network."""
     tree = Path(folder, "tree")
     images = ImageSet(tree, sorted(os.listdir(tree)), None, Preparation(8, 8))
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 512)).eval()
-    features.dump(model, images, Path(folder, "1K_train_m"), {"nesting_list": [512]}, torch.device("cpu"), 256, 2)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, width)).eval()
+    features.dump(model, images, Path(folder, "1K_train_m"), {"nesting_list": [width]}, torch.device("cpu"), 256, 2)
 
 
-def peak_mb(n):
+def peak_mb(n, width):
     with tempfile.TemporaryDirectory() as folder:
         make_tree(Path(folder), n)
-        time, peak = watch([sys.executable, __file__, "--dump", folder])
+        time, peak = watch([sys.executable, __file__, "--features", str(width), "--dump", folder])
         assert len(np.load(Path(folder, "1K_train_m-y.npy"))) == n
     print(f"{n:>8} images: peak {peak:7.1f} MB private, {time:5.1f} s", flush=True)
     return peak
@@ -48,12 +48,13 @@ def peak_mb(n):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, nargs=2, default=[20_000, 200_000])
+    parser.add_argument("--features", type=int, default=512, help="per image (512)")
     parser.add_argument("--dump", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.dump:
-        return dump(args.dump)
+        return dump(args.dump, args.features)
     print(machine())
-    few, many = map(peak_mb, args.images)
+    few, many = (peak_mb(n, args.features) for n in args.images)
     print(f"difference: {many - few:.1f} MB")
 
 

@@ -133,8 +133,10 @@ TRAIN = ("train/train_imagenet.py --training.device=cpu --model.arch=" + NET + "
 TWO = " --training.distributed=1 --dist.world_size=2"
 FFCV = "--data.train_dataset={here}/data.ffcv"
 RESUME = "train/train_imagenet.py --training.resume={here}/out/run"
-SETS = ("--data_root {data} --output {here}/out --retrieval_array_path {here}/out --resize 8 --crop 8 --workers 0 "
-        "--device cpu")
+SETS = "--data_root {data} --resize 8 --crop 8 --workers 0 --device cpu"
+EMBED = ("inference/pytorch_inference.py --path {runs}/mrl/final_weights.pt --retrieval "
+         "--retrieval_array_path {here}/out " + SETS)
+SETS += " --output {here}/out"
 INFER = "inference/pytorch_inference.py --path {runs}/mrl/final_weights.pt " + SETS
 BARE = "inference/pytorch_inference.py " + SETS + " --arch " + NET + " --path"
 BASE = "--arrays {arrays} --model mrl1_e0_ff32 --output {here}/out --device cpu"
@@ -239,12 +241,12 @@ TABLE = [
           ("a head that is a number", {"model": {"arch": NET, "head": 7, "num_classes": 10}}, r"params\.json"),
           ("a billion classes", {"model": {"arch": NET, "head": "ff8", "num_classes": 10 ** 9}}, r"does not fit"))),
     Row("flags that contradict the run", INFER + " --rep_size 16", "head=ff16 was asked for"),
-    Row("a flag that would do nothing", INFER + " --retrieval --tta", "--tta .* with --retrieval"),
+    Row("a flag that would do nothing", EMBED + " --tta", "--tta .* with --retrieval"),
     Row("an unknown set", INFER + " --dataset imagenet", "--dataset imagenet"),
     Row("no data", INFER + " --data_root {here}/nothing", "/nothing/val"),
     Row("an empty class folder", INFER + " --data_root {here}/data", "1 class folder.* hold no images: 3",
         copied("data", lambda data: shutil.rmtree(data / "val/3") or (data / "val/3").mkdir())),
-    Row("other classes in train", INFER + " --retrieval --data_root {here}/data", "different class folders: 3, cat",
+    Row("other classes in train", EMBED + " --data_root {here}/data", "different class folders: 3, cat",
         copied("data", lambda data: (data / "train/3").rename(data / "train/cat"))),
     Row("an empty image", INFER + " --data_root {here}/data", r"3_0\.JPEG",
         copied("data", lambda data: (data / "val/3/3_0.JPEG").write_bytes(b"")), leaves=("out",)),
@@ -259,10 +261,10 @@ TABLE = [
         holding("out/gt_dataset=V1.json", [1])),
     Row("disk full", INFER + " --save_logits", r"logits\.pth could not be written", file_limit=2000,
         leaves=("out", "out/*_accuracy_*.json")),
-    Row("disk full for the embeddings", INFER + " --retrieval", r"X\.partial\.npy.*GB are needed", file_limit=10_000,
+    Row("disk full for the embeddings", EMBED, r"X\.partial\.npy.*GB are needed", file_limit=10_000,
         leaves=("out",)),
-    Row("half of what an interrupted run left", INFER + " --retrieval", r"X\.partial\.npy",
-        both(made_by(INFER + " --retrieval", stopped_in=(features, "finish")),
+    Row("half of what an interrupted run left", EMBED, r"X\.partial\.npy",
+        both(made_by(EMBED, stopped_in=(features, "finish")),
              halved("out/1K_val_mrl1_e0_ff1024-X.partial.npy"))),
 
     # -- baselines
@@ -426,7 +428,7 @@ WORKS = [
     Row("more than there is", TRAIN + " --validation.batch_size=1000000000 --data.num_workers=1000000",
         makes="out/*/final_weights.pt"),
     Row("a batch of a billion", INFER + " --batch_size 1000000000 --save_softmax", makes="out/mrl=*_softmax.pth"),
-    Row("a trillion images", INFER + " --retrieval --random_sample_dim 1000000000000", makes="out/1K_train_*-X.npy"),
+    Row("a trillion images", EMBED + " --random_sample_dim 1000000000000", makes="out/1K_train_*-X.npy"),
     Row("nearest neighbours", "inference/baselines.py knn " + BASE, makes="out/knn_*.json"),
     Row("lists as CSV", "retrieval/retrieve.py search --sizes 8 --csv " + FIND, makes="out/neighbors/mrl/*.csv"),
     Row("a shortlist of a trillion", "retrieval/retrieve.py report --shortlist 1000000000000 " + FIND,

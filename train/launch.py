@@ -116,9 +116,9 @@ def spawn(worker, settings, *args):
             pass
     except mp.ProcessExitedException as stopped:
         if stopped.exit_code < 0:      # killed: it could not say why
-            sys.exit(f"error: process {stopped.error_index} was ended by {signal.Signals(-stopped.exit_code).name}"
-                     f"{' (out of memory?)' if stopped.exit_code == -signal.SIGKILL else ''}; "
-                     "go on with --training.resume=<the run folder named above>")
+            raise InputError(f"process {stopped.error_index} was ended by {signal.Signals(-stopped.exit_code).name}"
+                             f"{' (out of memory?)' if stopped.exit_code == -signal.SIGKILL else ''}; "
+                             "go on with --training.resume=<the run folder named above>") from None
         sys.exit(stopped.exit_code)
 
 

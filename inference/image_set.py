@@ -4,6 +4,7 @@ and features.py.
 import hashlib
 import os
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -103,12 +104,15 @@ def make_loader(images, batch_size, workers, pin_memory=False, batches=None):
     numbers = range(-(-total // batch_size)) if batches is None else batches
     rows = [range(b * batch_size, min((b + 1) * batch_size, total)) for b in numbers]
     return DataLoader(images, batch_sampler=rows, num_workers=workers, pin_memory=pin_memory,
-                      worker_init_fn=leave_interrupts_to_the_first)
+                      worker_init_fn=leave_endings_to_the_first)
 
 
-def leave_interrupts_to_the_first(_):
-    """Ctrl-C reaches all processes; the first one ends the workers, which would else fail in what they are at."""
+def leave_endings_to_the_first(_):
+    """Ctrl-C reaches all processes; the first one ends the workers, which would else fail in what they are at: in an
+    image, or, in the thread that hands batches over, in a connection which the first one left half-way."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    report = sys.excepthook
+    sys.excepthook = lambda kind, *rest: None if issubclass(kind, (ConnectionError, EOFError)) else report(kind, *rest)
 
 
 def some(names):

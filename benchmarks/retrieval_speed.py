@@ -21,7 +21,7 @@ from metrics import KS, retrieval_metrics
 from neighbors import searcher, unit
 from rerank import funnel, rerank
 from serving import adaptive_index, adaptive_search
-from stages import Task, reranked
+from stages import Task, mapped, reranked
 
 D, SMALL, SHORTLIST = 2048, 16, 200
 FAISS_BLAS_THRESHOLD = 128_000      # of faiss 1.15; neighbors.py sets 0
@@ -174,6 +174,7 @@ def measure_end_to_end(folder, rounds):
             return plain_end_to_end(folder, Path(tempfile.mkdtemp(dir=scratch)) / "out")
 
         def ours():
+            mapped.cache_clear()                   # each round opens its files, as a command does
             return np.load(reranked(Task(str(folder), tempfile.mkdtemp(dir=scratch)), SMALL, [D], [SHORTLIST]))
         check("end to end", theirs(), ours())
         compare("shortlist at 16 + re-rank at 2048, files to files", 10, theirs, ours, rounds)

@@ -105,7 +105,8 @@ def write_list(path, record, shape, find, chunk, **measured):
             hi, started = min(lo + chunk, shape[0]), time.perf_counter()
             I[lo:hi] = find(lo, hi)
             state = state | {"done": hi, "seconds": state["seconds"] + time.perf_counter() - started}
-            I.flush()
+            if hi < shape[0]:             # what is gone on with is on the disk before it is said to be
+                I.flush()
             write_json(record_file(partial), state)
             bar.update(hi - lo)
     with recorded(path, record | measured | {"seconds": state["seconds"]}) as temporary:

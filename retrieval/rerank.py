@@ -28,8 +28,7 @@ def rerank(xb, xq, I, rerank_dim, shortlist, first=0):
     """
     check(xb, xq, I, rerank_dim, shortlist)
     I = I[:, :shortlist]
-    order = np.argsort(-cosines(xb, xq, I, rerank_dim, first), axis=1, kind="stable")
-    return np.take_along_axis(I, order, 1)
+    return np.take_along_axis(I, largest_first(cosines(xb, xq, I, rerank_dim, first)), 1)
 
 
 def funnel(xb, xq, I, rerank_dims, shortlists, first=0):
@@ -61,15 +60,26 @@ def cosines(xb, xq, I, dim, first):
     candidates, xq = I.ravel().astype(np.int64), read_only(np.ascontiguousarray(xq, np.float32))
     squares = np.einsum("qd,qd->q", xq[:, :dim], xq[:, :dim])
     refuse(~(np.isfinite(squares) & (squares > 0)), first + np.arange(len(xq)), "the queries", dim)
-    values = np.full(candidates.size, -np.inf, np.float32)
     pairs = in_row_order(candidates, len(xb))
+    rows, queries, found = candidates[pairs], pairs // I.shape[1], np.empty(len(pairs), np.float32)
     step = PAIRS if in_place(xb) else COPIED_PAIRS
     for lo in tqdm(range(0, len(pairs), step), desc="re-ranking", delay=2, leave=False):
-        part = pairs[lo:lo + step]
-        x, rows = as_float32(xb, candidates[part], dim)
-        values[part] = pair_cosines(x, rows, xq, part // I.shape[1], dim)
-    refuse(~np.isfinite(values[pairs]), candidates[pairs], "the database", dim)
+        part = slice(lo, lo + step)
+        found[part] = pair_cosines(*as_float32(xb, rows[part], dim), xq, queries[part], dim)
+    refuse(~np.isfinite(found), rows, "the database", dim)
+    values = np.full(candidates.size, -np.inf, np.float32)
+    values[pairs] = found
     return values.reshape(I.shape)
+
+
+def largest_first(values):
+    """-> np.argsort(-values, axis=1, kind="stable") of float32 [q, s], six times as fast: a value and its place become
+    one integer, and integers are sorted."""
+    bits = (values + np.float32(0)).view(np.int32)                  # + 0 makes 0 of -0
+    keys = np.empty((*values.shape, 2), np.int32)
+    keys[..., 0] = np.arange(values.shape[1])
+    keys[..., 1] = ~(bits ^ ((bits >> 31) & 0x7fffffff))            # ordered as the values are, the other way round
+    return np.sort(keys.view(np.int64)[..., 0]) & 0xffffffff
 
 
 def refuse(bad, rows, what, dim):

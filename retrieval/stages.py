@@ -9,6 +9,7 @@ A list that is there and fits the embeddings is not made again. retrieve.py (the
 notebooks call these functions.
 """
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,12 +60,20 @@ class Data(NamedTuple):
 
 
 def open_data(task, size):
-    files = [embeddings_file(task.embeddings, task.dataset, split, task.model, size) for split in ("train", "val")]
+    files = tuple(embeddings_file(task.embeddings, task.dataset, split, task.model, size) for split in ("train", "val"))
+    data = mapped(files, tuple((at.st_ino, at.st_size, at.st_mtime_ns) for at in map(Path.stat, files)))
+    if size > data.xb.shape[1]:
+        raise InputError(f"{files[0]}: has {data.xb.shape[1]} dimensions, size {size} is past them")
+    return data
+
+
+@lru_cache(maxsize=1)
+def mapped(files, _):
+    """The files as Data. While they are the same (`_`: inode, size, time of writing), the same mapping and fingerprints: a
+    search has then mapped the pages that a re-ranking reads."""
     xb, xq = map(read_embeddings, files)
     if xb.shape[1] != xq.shape[1]:
         raise InputError(f"{files[1]}: {xq.shape[1]} dimensions, the database {files[0].name} has {xb.shape[1]}")
-    if size > xb.shape[1]:
-        raise InputError(f"{files[0]}: has {xb.shape[1]} dimensions, size {size} is past them")
     return Data(xb, xq, {"database": fingerprint(files[0], xb), "queries": fingerprint(files[1], xq)}, files)
 
 

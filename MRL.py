@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torch import nn
 
 NESTING_LIST = [8, 16, 32, 64, 128, 256, 512, 1024, 2048]
@@ -498,6 +499,28 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def locked(path, busy=None):
+    """Only one process is in the block for the same path. busy: the complaint of a second one; None: it waits."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if busy:
+            raise InputError(busy) from None
+        print(f"{path.name}: waiting for the process that makes it", file=sys.stderr)
+        lock.acquire()
+    except NotImplementedError:                   # some network file systems
+        print(f"{path}: no locks on this file system; start one command at a time", file=sys.stderr)
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)     # one who waits for it makes a new one
+        lock.release()
+
+
 def read_json(path):
     """-> the dictionary in a JSON file; None where there is no file."""
     try:
@@ -509,6 +532,12 @@ def read_json(path):
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a JSON file as this repository writes them; repair or remove it")
     return content
+
+
+def json_says(path, wanted):
+    """Is there a JSON file that says everything in `wanted`?"""
+    content = read_json(path)
+    return content is not None and {key: content.get(key) for key in wanted} == json.loads(json.dumps(wanted))
 
 
 def write_json(path, content):

@@ -6,20 +6,29 @@ batches, and the result is the same either way. The JSON with "complete": true i
 command out meanwhile.
 """
 import os
-import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from evaluate import readable_rows
-from filelock import FileLock, Timeout
 from image_set import make_loader, some
 from saved_files import check_free
 from tqdm import tqdm
 
-from MRL import InputError, allocate, autocast, classifier, read_array, read_json, replacing, write_json
+from MRL import (
+    InputError,
+    allocate,
+    autocast,
+    classifier,
+    json_says,
+    locked,
+    read_array,
+    read_json,
+    replacing,
+    write_json,
+)
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 TODO, DONE, UNREADABLE = 0, 1, 2            # what the byte of an image says
@@ -27,13 +36,12 @@ BLOCK = 4096                                # rows copied at a time when rows of
 
 
 class Files:
-    """The paths of one dump; `rows`, `state` and `plan` exist only until it is complete, `lock` while it is written."""
+    """The paths of one dump; `rows`, `state` and `plan` exist only until it is complete."""
 
     def __init__(self, stem):
         self.X, self.y, self.about = (Path(f"{stem}-{end}") for end in ("X.npy", "y.npy", "X.json"))
         self.rows, self.state, self.plan = (Path(f"{stem}{end}") for end in
                                             ("-X.partial.npy", "-state.partial.npy", "-X.partial.json"))
-        self.lock = self.X.with_name(f".{self.X.name}.lock")
 
 
 def embedder(model):
@@ -80,10 +88,10 @@ def begin(files, about, n, skip_bad_images, overwrite):
     check_dump(files, about, skip_bad_images, overwrite)
     if files.plan.exists() and not files.rows.exists() and files.X.exists():      # stopped in `finish`: back to before
         os.replace(files.X, files.rows)
-    if files.rows.exists() and describes(files.plan, about):
+    if files.rows.exists() and json_says(files.plan, about):
         try_again(files.state)
         print(f"{files.X}: going on where it stopped")
-    elif files.X.exists() and describes(files.about, about) and not (overwrite and read_json(files.about)["skipped"]):
+    elif files.X.exists() and json_says(files.about, about) and not (overwrite and read_json(files.about)["skipped"]):
         print(f"{files.X}: complete already")
         remove_partial(files)
     else:
@@ -92,11 +100,6 @@ def begin(files, about, n, skip_bad_images, overwrite):
         allocate(files.state, (n,), np.uint8)
         write_json(files.plan, about)
         files.about.unlink(missing_ok=True)            # what it describes is kept until there is room for the new
-
-
-def describes(companion, about):
-    known = read_json(companion) or {}
-    return {key: known.get(key) for key in about} == about
 
 
 def try_again(path):
@@ -162,24 +165,9 @@ def copy_rows(source, target, kept):
 @contextmanager
 def only_writer(files):
     """The first process holds the dump's lock for all of its command; a second command is refused."""
-    lock = FileLock(files.lock)
-    by_first(take, lock, files)
-    try:
+    with ExitStack() as stack:
+        by_first(stack.enter_context, locked(files.X, f"{files.X}: another process writes it; wait for its end"))
         yield
-    finally:
-        if lock.is_locked:
-            files.lock.unlink(missing_ok=True)
-            lock.release()
-
-
-def take(lock, files):
-    files.lock.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"{files.X}: another process writes it; wait for its end") from None
-    except NotImplementedError:                        # some network file systems
-        print(f"{files.X}: no locks on this file system; start one command at a time", file=sys.stderr)
 
 
 def by_first(work, *args):

@@ -7,13 +7,12 @@ inference/ writes these files; stages.py reads them. A record is a JSON file bes
 the embeddings, and the settings. What has no record that fits is made again.
 """
 import hashlib
-import json
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from MRL import InputError, exact_labels, read_array, read_json, replacing, write_json
+from MRL import InputError, exact_labels, json_says, read_array, read_json, replacing, write_json
 
 MODELS = {"mrl": "mrl1_e0", "mrl_e": "mrl1_e1", "ff": "mrl0_e0"}
 
@@ -101,8 +100,7 @@ def record_file(path):
 
 def fits(path, wanted):
     """Is `path` there, with a record that says everything in `wanted`?"""
-    record = read_json(record_file(path)) if Path(path).exists() else None
-    return record is not None and {key: record.get(key) for key in wanted} == json.loads(json.dumps(wanted))
+    return Path(path).exists() and json_says(record_file(path), wanted)
 
 
 @contextmanager

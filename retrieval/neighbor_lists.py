@@ -7,16 +7,13 @@ stages.py writes them with what neighbors.py and rerank.py find, and reads them 
 """
 import os
 import re
-import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from arrays import fits, record_file, recorded
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from MRL import InputError, allocate, read_array, read_json, write_json
@@ -116,25 +113,6 @@ def write_list(path, record, shape, find, chunk, **measured):
             os.replace(partial, temporary)
     partial.unlink(missing_ok=True)
     record_file(partial).unlink()
-
-
-@contextmanager
-def one_at_a_time(path):
-    """Only one process is in the block for the same path; others wait."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"{path.name}: waiting for the process that makes it", file=sys.stderr)
-        lock.acquire()
-    except NotImplementedError:                   # some network file systems
-        print(f"{path.name}: no locks on this file system; start one process at a time", file=sys.stderr)
-    try:
-        yield
-        Path(lock.lock_file).unlink(missing_ok=True)      # made: who waited finds it
-    finally:
-        lock.release()
 
 
 def begun(partial, record, shape):

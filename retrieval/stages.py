@@ -28,10 +28,10 @@ from arrays import (
     record_file,
 )
 from metrics import KS, mflops_per_query, milliseconds, retrieval_metrics
-from neighbor_lists import Recipe, list_file, list_files, one_at_a_time, parse_list_file, read_list, write_list
+from neighbor_lists import Recipe, list_file, list_files, parse_list_file, read_list, write_list
 from rerank import check_funnel, funnel
 
-from MRL import InputError, default_nesting_list, read_json
+from MRL import InputError, default_nesting_list, locked, read_json
 
 SEARCH_QUERIES = 8192             # a chunk of a search: what an interruption can lose
 RERANK_CANDIDATES = 2 ** 24       # a chunk of a re-ranking: each chunk goes through the database file once
@@ -69,8 +69,8 @@ def open_data(task, size):
 
 @lru_cache(maxsize=1)
 def mapped(files, _):
-    """The files as Data. While they are the same (`_`: inode, size, time of writing), the same mapping and fingerprints: a
-    search has then mapped the pages that a re-ranking reads."""
+    """The files as Data. While they are the same (`_`: inode, size, time of writing), the same mapping and
+    fingerprints: a search has then mapped the pages that a re-ranking reads."""
     xb, xq = map(read_embeddings, files)
     if xb.shape[1] != xq.shape[1]:
         raise InputError(f"{files[1]}: {xq.shape[1]} dimensions, the database {files[0].name} has {xb.shape[1]}")
@@ -161,7 +161,7 @@ def there_or_made(task, data, recipe, shape, prepare, chunk, source=None):
     if there := list_there(task, recipe, record):
         return there
     file = list_file(task.output, recipe, task.dataset, task.model, ".csv" if task.csv else ".npy")
-    with one_at_a_time(file):
+    with locked(file):
         if not usable(file, record):
             find = prepare()
             write_list(file, record, shape, find, chunk, ms=milliseconds(lambda i: find(i, i + 1), shape[0]),

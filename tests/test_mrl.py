@@ -1,6 +1,8 @@
 """MRL.py against the original's numbers (tests/golden) and against plain loops."""
 import json
 import os
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -293,10 +295,46 @@ def test_replacing_leaves_nothing_half_written(tmp_path):
 
 # ---- files
 
+def test_locked_lets_one_in_at_a_time(tmp_path, capsys):
+    """The first one removes the lock's file while others wait for it: they take turns all the same."""
+    path, inside, most = tmp_path / "made/list.npy", [], []
+
+    def work():
+        with MRL.locked(path):
+            inside.append(None)
+            most.append(len(inside))
+            time.sleep(0.1)
+            inside.pop()
+
+    others = [threading.Thread(target=work) for _ in range(4)]
+    with MRL.locked(path):
+        with pytest.raises(InputError, match="in use"), MRL.locked(path, "in use"):
+            pass
+        for other in others:
+            other.start()
+        while capsys.readouterr().err.count("list.npy: waiting for the process that makes it\n") < 1:
+            time.sleep(0.01)
+        assert not most
+    for other in others:
+        other.join()
+    assert most == [1, 1, 1, 1] and not any(path.parent.iterdir())
+
+
+def test_locked_on_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    def none_here(self, timeout):
+        raise NotImplementedError
+
+    monkeypatch.setattr(MRL.FileLock, "acquire", none_here)
+    with MRL.locked(tmp_path / "list.npy"):
+        assert "list.npy: no locks on this file system" in capsys.readouterr().err
+
+
 def test_json(tmp_path):
     assert MRL.read_json(tmp_path / "a.json") is None
     MRL.write_json(tmp_path / "a.json", {"sizes": [8, 16]})
     assert MRL.read_json(tmp_path / "a.json") == {"sizes": [8, 16]}
+    assert MRL.json_says(tmp_path / "a.json", {"sizes": (8, 16)}) and MRL.json_says(tmp_path / "a.json", {})
+    assert not MRL.json_says(tmp_path / "a.json", {"sizes": [8]}) and not MRL.json_says(tmp_path / "b.json", {})
     for content in (b"", b"{", b"\xff\xfe"):
         (tmp_path / "a.json").write_bytes(content)
         with pytest.raises(InputError, match=r"a.json: not a JSON file"):

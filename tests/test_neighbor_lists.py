@@ -1,11 +1,8 @@
 """neighbor_lists.py: names, reading the original's CSV, and lists that are made in resumable chunks."""
-import threading
-import time
-
 import numpy as np
 import pytest
 from arrays import read_json, record_file
-from neighbor_lists import Recipe, list_file, list_files, one_at_a_time, parse_list_file, read_list, write_list
+from neighbor_lists import Recipe, list_file, list_files, parse_list_file, read_list, write_list
 
 from MRL import InputError, write_json
 
@@ -54,25 +51,6 @@ def test_a_list_that_is_not_wanted_does_not_hide_another_of_its_recipe(tmp_path)
     assert list(list_files(tmp_path, "1K", "mrl")) == [file]
     assert list(list_files(tmp_path, "1K", "mrl", lambda path, _: path.suffix == ".csv")) == [file.with_suffix(".csv")]
     assert list_files(tmp_path, "V2", "mrl") == {}
-
-
-def test_one_process_at_a_time_makes_a_list(tmp_path, capsys):
-    order, inside, path = [], threading.Event(), tmp_path / "neighbors/list.npy"
-
-    def second():
-        inside.wait()
-        with one_at_a_time(path):
-            order.append("second")
-    other = threading.Thread(target=second)
-    other.start()
-    with one_at_a_time(path):
-        inside.set()
-        while "waiting" not in (said := capsys.readouterr().err):
-            time.sleep(0.01)
-        order.append("first")
-    other.join()
-    assert order == ["first", "second"] and said == "list.npy: waiting for the process that makes it\n"
-    assert not any(path.parent.iterdir())
 
 
 @pytest.mark.parametrize("text, complaint", [

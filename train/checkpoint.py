@@ -15,14 +15,12 @@ import subprocess
 import sys
 import uuid
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torchvision
-from filelock import FileLock, Timeout
 
-from MRL import InputError, read_json, reason, replacing, write_json
+from MRL import InputError, locked, read_json, reason, replacing, write_json
 
 FORMAT = "MRL training checkpoint 1"
 CURRENT, PREVIOUS, REFUSED = "checkpoint.pt", "checkpoint_previous.pt", "checkpoint_refused.pt"
@@ -75,22 +73,10 @@ def make_folder(path):
         raise InputError(f"--logging.folder: cannot write to {path}")
 
 
-@contextmanager
 def alone_in(folder):
-    """No second run trains in this folder meanwhile."""
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"{folder}: another process trains in it; wait for its end, or choose another "
-                         "--logging.name") from None
-    except NotImplementedError:                   # some network file systems
-        print(f"{folder}: no locks on this file system; nothing keeps a second run out of it", file=sys.stderr)
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+    """The context in which no second run trains in this folder."""
+    return locked(folder / CURRENT, f"{folder}: another process trains in it; wait for its end, or choose another "
+                                    "--logging.name")
 
 
 def save(folder, state):

@@ -11,6 +11,7 @@ Every folder of the repository imports this file and no other folder.
 Letters used for shapes: N images, D features, C classes, G granularities (nested sizes).
 """
 import argparse
+import errno
 import json
 import math
 import operator
@@ -34,12 +35,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # ImageNet's, of p
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong. The message is one line: what, where, and what to do."""
+    """Invalid user input. The message is one line: what is wrong, where, and what to do."""
 
 
 class Unsettled(InputError):
-    """What load_model was given does not say which model a file holds. argument: the one to give, as commands, whose
-    flags have other names, must know."""
+    """load_model cannot tell which model a file holds. argument: the load_model argument that would settle it, so that
+    commands can name their own flag for it."""
 
     def __init__(self, problem, argument):
         super().__init__(f"{problem}: give {argument}")
@@ -130,22 +131,20 @@ def default_nesting_list(width, start=3):
 class Matryoshka_CE_Loss(nn.Module):
     """Sum over the G sizes of c_g * cross-entropy (Eq. 1), as one batched computation.
 
-    relative_importance: the G weights c_g (all 1 when None).
-    cross_entropy_kwargs: those of torch.nn.functional.cross_entropy; reduction is mean (default) or sum. Targets are
-    ignored only where ignore_index is given.
+    relative_importance: the G weights c_g (all 1 when None). The rest as in torch.nn.functional.cross_entropy, with
+    reduction mean or sum.
     forward: (logits as `stack_logits` takes them; target [N] int64, or [N, C] probabilities) -> scalar.
     """
 
-    def __init__(self, relative_importance=None, **cross_entropy_kwargs):
+    def __init__(self, relative_importance=None, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
         super().__init__()
-        self.reduction = cross_entropy_kwargs.pop("reduction", "mean")
-        if self.reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be mean or sum, got {self.reduction!r}")
-        self.register_buffer("weight", cross_entropy_kwargs.pop("weight", None), persistent=False)
-        self.cross_entropy_kwargs = cross_entropy_kwargs
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be mean or sum, got {reduction!r}")
         if relative_importance is not None:
             relative_importance = check_relative_importance(relative_importance)
         self.register_buffer("relative_importance", relative_importance, persistent=False)
+        self.register_buffer("weight", weight, persistent=False)
+        self.ignore_index, self.reduction, self.label_smoothing = ignore_index, reduction, label_smoothing
 
     def forward(self, output, target):
         return self.weighted_sum(self.per_size(output, target))
@@ -172,46 +171,45 @@ class Matryoshka_CE_Loss(nn.Module):
 
     def _summed(self, logits, target):
         """[g, N, C] -> [g] losses, summed over the images."""
-        sizes, options = len(logits), self.cross_entropy_kwargs
-        if self.weight is None and options.keys() <= {"label_smoothing"} and not target.is_floating_point():
-            return SummedCrossEntropy.apply(logits, target, options.get("label_smoothing", 0.0))
-        losses = F.cross_entropy(logits.flatten(0, 1), target.repeat(sizes, *[1] * (target.dim() - 1)),
-                                 weight=self.weight, reduction="none", **options)
-        return losses.view(sizes, -1).sum(1)
+        if self.weight is None and not target.is_floating_point():
+            return SummedCrossEntropy.apply(logits, target, self.label_smoothing, self.ignore_index)
+        losses = F.cross_entropy(logits.flatten(0, 1), target.repeat(len(logits), *[1] * (target.dim() - 1)),
+                                 self.weight, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing,
+                                 reduction="none")
+        return losses.view(len(logits), -1).sum(1)
 
     def _images(self, target):
         """What F.cross_entropy's mean divides by: images, or their class weights, the ignored left out."""
         if target.is_floating_point():
             return len(target)
-        ignore_index = self.cross_entropy_kwargs.get("ignore_index", -100)
-        if self.weight is not None:
-            kept = target[target != ignore_index]
-            return self.weight[kept].sum()
-        return (target != ignore_index).sum() if "ignore_index" in self.cross_entropy_kwargs else len(target)
+        kept = target != self.ignore_index
+        return kept.sum() if self.weight is None else self.weight[target[kept]].sum()
 
 
 class SummedCrossEntropy(torch.autograd.Function):
     """F.cross_entropy with class indices and label smoothing s: logits [g, N, C], target [N] -> [g] sums, fp32.
 
-    The gradient is softmax(logits) - s / C, less 1 - s at the target. Autograd would make a full matrix for each of
-    those three and add them: on a CPU, half as long again, G times per step.
+    The gradient is softmax(logits) - s / C, less 1 - s at the target; 0 where the target is ignore_index. Autograd
+    would make a full matrix for each of those three and add them: on a CPU, half as long again, G times per step.
     """
 
     @staticmethod
-    def forward(ctx, logits, target, smoothing):
+    def forward(ctx, logits, target, smoothing, ignore_index):
         log_p = logits.log_softmax(2, dtype=torch.promote_types(logits.dtype, torch.float32))
-        index = target.expand(len(logits), -1)[..., None]
-        ctx.save_for_backward(log_p, index)
+        ignored = target == ignore_index
+        index = target.masked_fill(ignored, 0).expand(len(logits), -1)[..., None]
+        ctx.save_for_backward(log_p, index, ignored)
         ctx.smoothing, ctx.dtype = smoothing, logits.dtype
-        return (smoothing - 1) * log_p.gather(2, index).sum((1, 2)) - smoothing / log_p.shape[2] * log_p.sum((1, 2))
+        losses = (smoothing - 1) * log_p.gather(2, index)[..., 0] - smoothing / log_p.shape[2] * log_p.sum(2)
+        return losses.masked_fill(ignored, 0).sum(1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        log_p, index = ctx.saved_tensors
+        log_p, index, ignored = ctx.saved_tensors
         result = log_p.exp().sub_(ctx.smoothing / log_p.shape[2])
         result.scatter_add_(2, index, result.new_full((), ctx.smoothing - 1).expand(index.shape))
-        return result.mul_(grad[:, None, None]).to(ctx.dtype), None, None
+        return result.mul_((grad[:, None] * ~ignored)[..., None]).to(ctx.dtype), None, None, None
 
 
 def stack_logits(output):
@@ -478,7 +476,7 @@ def load_exactly(model, state, path):
 
 @contextmanager
 def replacing(path):
-    """A temporary path beside `path`, renamed to it when the block ends well: nobody sees half a file."""
+    """A temporary path beside `path`, renamed to it if the block succeeds: a half-written file is never visible."""
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")   # the suffix stays: savers look at it
     if path.is_dir() or not path.parent.is_dir():
@@ -501,7 +499,7 @@ def replacing(path):
 
 @contextmanager
 def locked(path, busy=None):
-    """Only one process is in the block for the same path. busy: the complaint of a second one; None: it waits."""
+    """Hold an exclusive lock on `path` in the block. busy: error message for a second process; None: it waits."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
@@ -512,7 +510,9 @@ def locked(path, busy=None):
             raise InputError(busy) from None
         print(f"{path.name}: waiting for the process that makes it", file=sys.stderr)
         lock.acquire()
-    except NotImplementedError:                   # some network file systems
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):      # some network file systems
+            raise
         print(f"{path}: no locks on this file system; start one command at a time", file=sys.stderr)
     try:
         yield
@@ -626,7 +626,7 @@ def what_stops(main):
 
 
 def flush_output():
-    """Now: what fails at Python's exit ends in three lines of Python's, and with status 120."""
+    """Flush now: a failure at interpreter exit would print Python's own message and give status 120."""
     try:
         sys.stdout.flush()
     except OSError as error:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the environment that demo.sh and test.sh run in, where it is not there yet. Safe to run again.
+# Creates the environment for demo.sh and test.sh if it does not exist yet. Safe to run again.
 #
 #   ./setup.sh                        a virtual environment .venv, with the pinned packages
 #   PYTHON=/path/to/python ./setup.sh    that Python (a cluster's module, a container): its PyTorch stays as it is

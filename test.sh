@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up where need be, then runs ruff and the tests, two files at a time, a thread each. Arguments go to pytest:
+# Sets up if needed, then runs ruff and the tests, in two processes with one thread each. Arguments go to pytest:
 #
 #   ./test.sh tests/test_mrl.py -k loss
 cd "$(dirname "$0")"

@@ -86,7 +86,7 @@ def check_dump(files, about, skip_bad_images, overwrite):
 def begin(files, about, n, skip_bad_images, overwrite):
     """Make the files to fill, unless they are there from a run that was stopped, or the dump is complete."""
     check_dump(files, about, skip_bad_images, overwrite)
-    if files.plan.exists() and not files.rows.exists() and files.X.exists():      # stopped in `finish`: back to before
+    if files.plan.exists() and not files.rows.exists() and files.X.exists():      # stopped in `finish`: undo the rename
         os.replace(files.X, files.rows)
     if files.rows.exists() and json_says(files.plan, about):
         try_again(files.state)
@@ -171,12 +171,12 @@ def only_writer(files):
 
 
 def by_first(work, *args):
-    """Done by the first process, waited for by all."""
+    """Call work(*args) in the first process while the others wait."""
     together(work if rank() == 0 else lambda *_: None, *args)
 
 
 def together(work, *args):
-    """Do it in every process -> the result. What stops one stops all, and one of them says why."""
+    """Call work(*args) in every process and return its result. An error in one process stops all; one reports it."""
     result = error = None
     try:
         result = work(*args)

@@ -108,8 +108,8 @@ def make_loader(images, batch_size, workers, pin_memory=False, batches=None):
 
 
 def leave_endings_to_the_first(_):
-    """Ctrl-C reaches all processes; the first one ends the workers, which would else fail in what they are at: in an
-    image, or, in the thread that hands batches over, in a connection which the first one left half-way."""
+    """Ctrl-C reaches every process, but only the main one acts on it and ends the workers; a worker would otherwise
+    print a traceback, from decoding or from the thread that hands over batches on a closed connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     report = sys.excepthook
     sys.excepthook = lambda kind, *rest: None if issubclass(kind, (ConnectionError, EOFError)) else report(kind, *rest)

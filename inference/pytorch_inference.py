@@ -211,8 +211,8 @@ def same_classes(opened):
 # ------------------------------------------------------------------------------------------------ both
 
 def planned(args, plan):
-    """-> a Plan of each checkpoint, by plan(path, spec): what is wrong with the last one shows before the first one's
-    hours of work. The weights are let go and read again in turn: those of all need not fit into memory."""
+    """-> one Plan per checkpoint, from plan(path, spec), so that an error in the last shows before hours of work on the
+    first. Weights are not kept but read again later, so that all checkpoints need not fit in memory at once."""
     plans = [plan(path, checkpoint(path, args).spec) for path in dict.fromkeys(args.path)]
     if args.nesting_list and not any(plan.spec["head"].startswith("mrl") for plan in plans):
         raise InputError("--nesting_list has no meaning here: a fixed-feature model has one size")

@@ -4,7 +4,7 @@
     python cascades.py apply --folder ../inference --dataset V2 --tta --policy policy.json
 
 A policy has one threshold for each size but the largest. An image is classified at the smallest size; while the largest
-softmax probability is not above that size's threshold, the next size is asked, up to the largest size allowed.
+softmax probability is not above that size's threshold, the next size is tried, up to the largest size allowed.
 Model_Cascades.ipynb draws the paper's figure and table with these functions; softmax and true classes come from
 inference by way of outputs.py. Letters: G sizes, N images, C classes; accuracies are fractions.
 """

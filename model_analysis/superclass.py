@@ -68,7 +68,7 @@ def name_counts():
 
 
 def choose(n=30):
-    """-> n wnids that cover no class twice; for 30, the paper's (table 24), in its order. No chance in it.
+    """-> n wnids that cover no class twice; for 30, the paper's (table 24), in its order; deterministic.
 
     From the synset with the most classes below it downwards, each is added and takes the place of an ancestor chosen
     before, until there are n. Of equal ones the first has more of the hierarchy below it, or the smaller parent wnid.

@@ -1,4 +1,4 @@
-"""What retrieval is judged by: accuracy from labels and neighbour lists, and cost in MFLOPs and measured time.
+"""Retrieval metrics: accuracy from labels and neighbour lists, and cost in MFLOPs and measured time.
 
     scores = retrieval_metrics(yb, yq, I, ks=[1, 10, 100])     # scores[1]["topk"] is the 1-NN accuracy (Table 2)
     mflops_per_query(1281167, 16, [2048], [200])               # 20.908272

@@ -102,7 +102,7 @@ def write_list(path, record, shape, find, chunk, **measured):
             hi, started = min(lo + chunk, shape[0]), time.perf_counter()
             I[lo:hi] = find(lo, hi)
             state = state | {"done": hi, "seconds": state["seconds"] + time.perf_counter() - started}
-            if hi < shape[0]:             # what is gone on with is on the disk before it is said to be
+            if hi < shape[0]:             # rows must be on disk before the state says they are done
                 I.flush()
             write_json(record_file(partial), state)
             bar.update(hi - lo)
@@ -121,5 +121,5 @@ def begun(partial, record, shape):
     state = read_json(record_file(partial)) if fits(partial, record) else record | {"done": 0, "seconds": 0.0}
     if state["done"]:
         return read_array(partial, "r+"), state
-    record_file(partial).unlink(missing_ok=True)       # of an older file: it must not speak for this one
+    record_file(partial).unlink(missing_ok=True)       # a stale record must not describe the new file
     return allocate(partial, shape, np.int32), state

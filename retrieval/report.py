@@ -154,7 +154,7 @@ def draw_costs(table, paper, task):
 
 
 def spread_out(axes, points=5):
-    """At least so many points of accuracy from bottom to top: less would look like more than it is."""
+    """Widen the y axis to at least `points` percentage points, so that small differences do not look large."""
     low, high = axes.get_ylim()
     more = max(0, points - (high - low)) / 2
     axes.set_ylim(low - more, high + more)

@@ -1,4 +1,4 @@
-"""Each stage of retrieval, from files to files: search, re-rank, judge, build an index to serve from.
+"""The stages of retrieval, from files to files: search, re-rank, evaluate, build an index for serving.
 
     task = Task(dataset="1K", model="mrl")
     searched(task, retrieval_dim=16, k=200)                       # -> neighbors/mrl/exactl2_16dim_200shortlist_1K.npy
@@ -69,8 +69,8 @@ def open_data(task, size):
 
 @lru_cache(maxsize=1)
 def mapped(files, _):
-    """The files as Data. While they are the same (`_`: inode, size, time of writing), the same mapping and
-    fingerprints: a search has then mapped the pages that a re-ranking reads."""
+    """Open the files as Data. Cached while they are unchanged (`_`: inode, size, mtime), so that a re-ranking finds the
+    pages that the search has already mapped."""
     xb, xq = map(read_embeddings, files)
     if xb.shape[1] != xq.shape[1]:
         raise InputError(f"{files[1]}: {xq.shape[1]} dimensions, the database {files[0].name} has {xb.shape[1]}")

@@ -1,4 +1,5 @@
 """MRL.py against the original's numbers (tests/golden) and against plain loops."""
+import errno
 import json
 import os
 import threading
@@ -117,12 +118,16 @@ def test_no_bias_means_none():
                                     {"ignore_index": 2}, {"reduction": "sum"},
                                     {"weight": torch.tensor([1., 2., 3., 4.]), "ignore_index": 2}])
 @pytest.mark.parametrize("importance", [None, [1, 2, 0.5]])
-def test_loss_equals_the_loop_over_sizes(kwargs, importance):
-    logits = [torch.randn(6, 4) for _ in range(3)]
-    target = torch.tensor([0, 1, 2, 3, 2, 1])
+@pytest.mark.parametrize("ignored", [0, 2])
+def test_loss_equals_the_loop_over_sizes(kwargs, importance, ignored):
+    target, logits = torch.tensor([0, 1, 2, 3, 2, 1]), [torch.randn(6, 4, requires_grad=True) for _ in range(3)]
+    target[:ignored] = kwargs.get("ignore_index", -100)
     loop = sum(c * F.cross_entropy(x, target, **kwargs) for c, x in zip(importance or [1, 1, 1], logits, strict=True))
-    torch.testing.assert_close(Matryoshka_CE_Loss(importance, **kwargs)(tuple(logits), target), loop)
-    torch.testing.assert_close(Matryoshka_CE_Loss(importance, **kwargs)(torch.stack(logits), target), loop)
+    expected = torch.autograd.grad(loop, logits)
+    for given in (tuple(logits), torch.stack(logits)):
+        loss = Matryoshka_CE_Loss(importance, **kwargs)(given, target)
+        torch.testing.assert_close(loss, loop)
+        torch.testing.assert_close(torch.autograd.grad(loss, logits), expected)
 
 
 def test_loss_takes_probabilities_as_targets():
@@ -321,10 +326,10 @@ def test_locked_lets_one_in_at_a_time(tmp_path, capsys):
 
 
 def test_locked_on_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
-    def none_here(self, timeout):
-        raise NotImplementedError
+    def none_here(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(MRL.FileLock, "acquire", none_here)
+    monkeypatch.setattr("fcntl.flock", none_here)
     with MRL.locked(tmp_path / "list.npy"):
         assert "list.npy: no locks on this file system" in capsys.readouterr().err
 

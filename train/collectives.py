@@ -1,6 +1,6 @@
-"""What the processes of a run settle together: when to stop, sums, and whose word counts. Used by trainer.py.
+"""Communication between the processes of a run: stop requests, sums, gather and broadcast. Used by trainer.py.
 
-Each function takes the launch.Process it runs in, and does nothing but return where that one is alone.
+Each function takes the launch.Process it runs in; with a single process it returns its input unchanged.
 """
 import signal
 

@@ -104,7 +104,7 @@ def launch(worker, settings, *args):
 def spawn(worker, settings, *args):
     os.environ.update(MASTER_ADDR=settings.dist.address, MASTER_PORT=str(settings.dist.port),
                       WORLD_SIZE=str(world_size(settings)))
-    # Each would else start a thread for every core, and they wait for each other: half the speed on two cores.
+    # Otherwise each process starts a thread per core and they compete: half the speed on two cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // world_size(settings))))
     context = mp.start_processes(run_spawned, (worker, settings, *args), nprocs=world_size(settings),
                                  join=False, start_method="spawn")

@@ -1,4 +1,4 @@
-"""What the settings ask for: the model, the loss and the optimiser. Used by trainer.py and train_imagenet.py."""
+"""Build the model, the loss and the optimiser from the settings. Used by trainer.py and train_imagenet.py."""
 import torch
 from torch import nn
 
@@ -118,8 +118,8 @@ def make_optimizer(model, training):
 
 
 def start_momentum(optimizer):
-    """Zeros, which change no step. Without them fused SGD goes on from uninitialised memory where fp16 overflows in the
-    first step, as it often does."""
+    """Start momentum at zero, which changes no step. Otherwise, if fp16 overflows in the first step (as it often does),
+    fused SGD continues from uninitialised memory."""
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

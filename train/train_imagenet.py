@@ -147,7 +147,7 @@ def run_folder(settings):
 
 
 def check(settings, spec):
-    """InputError for what would only fail, or go wrong unseen, after the start."""
+    """Raise InputError for settings that would fail, or silently go wrong, only after the processes have started."""
     launch.check_devices(settings)
     if settings.training.eval_only != bool(settings.training.path):
         raise InputError("--training.eval_only=1 and --training.path=<weights> go together")

@@ -132,7 +132,7 @@ class Trainer:
         if self.process.first:
             print(f"stopped in epoch {self.epoch + 1} after {self.step} steps; go on with "
                   f"--training.resume={self.folder}", file=sys.stderr)
-        collectives.share(self.process, None)      # whoever ends first has the others ended: not before all is saved
+        collectives.share(self.process, None)      # wait until all is saved: the first to exit ends the others
         sys.exit(128 + signum)
 
     def run(self, loader, val, stop):
@@ -168,7 +168,7 @@ class Trainer:
         if self.process.first:
             raise InputError(f"epoch {self.epoch + 1}: weights are NaN or infinite. Begin anew with a lower --lr.lr or "
                              f"with --training.precision=bf16; the last checkpoint stays in {self.folder}")
-        collectives.share(self.process, None)      # the first says it for all
+        collectives.share(self.process, None)      # the first process reports the error for all
 
     def train_losses(self, steps):
         """-> the epoch's mean loss, and that of each size; over all processes."""

@@ -33,7 +33,8 @@ def dump(folder, width):
     tree = Path(folder, "tree")
     images = ImageSet(tree, sorted(os.listdir(tree)), None, Preparation(8, 8))
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, width)).eval()
-    features.dump(model, images, Path(folder, "1K_train_m"), {"nesting_list": [width]}, torch.device("cpu"), 256, 2)
+    features.dump(model, images, Path(folder, "1K_train_m"), features.noted({"nesting_list": [width]}),
+                  torch.device("cpu"), batch_size=256, workers=2)
 
 
 def peak_mb(n, width):

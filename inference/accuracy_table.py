@@ -1,6 +1,6 @@
 """Evaluated checkpoints side by side: printed table, CSV file, and accuracy against size (the paper's Fig. 2).
 
-A run is the dictionary that pytorch_inference.py writes as JSON: nesting_list, and top1, top5, loss per size.
+A run is the dictionary that classification.py writes as JSON: nesting_list, and top1, top5, loss per size.
 """
 from pathlib import Path
 

@@ -1,6 +1,6 @@
 """Accuracy of a checkpoint per representation size, and the outputs that model_analysis reads.
 
-One path for all heads: logits are [G, N, C], and a fixed-feature model is the case G = 1. Used by pytorch_inference.py.
+One path for all heads: logits are [G, N, C], and a fixed-feature model is the case G = 1. Used by classification.py.
 """
 import time
 
@@ -26,7 +26,7 @@ def all_sizes(model, x, tta=False):
 
 
 @torch.inference_mode()
-def evaluate(model, images, loader, device, tta=False, precision="fp32", skip_bad_images=False, keep=None):
+def evaluate(model, images, loader, device, *, tta=False, precision="fp32", skip_bad_images=False, keep=None):
     """Run the images through the model, counting on the device.
 
     keep: called with (start, logits [G, n, C], y [n]) for each batch of readable images; see `Outputs`.

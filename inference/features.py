@@ -50,26 +50,26 @@ def embedder(model):
     return model
 
 
-def dump(model, images, stem, about, device, batch_size, workers, precision="fp32", storage="fp32",
-         skip_bad_images=False, overwrite=False):
+def dump(model, images, stem, about, device, *, batch_size, workers, skip_bad_images=False, overwrite=False):
     """Write the embeddings of `images`, cut to the model's largest size, under `stem`.
 
-    model: an `embedder`, on the device. about: what the JSON says of their origin (checkpoint, nesting_list, dataset,
-    split ...); files that say otherwise are not overwritten. storage: fp32 or fp16.
-    Under torchrun the processes share the batches (and need one disk). -> the JSON's content.
+    model: an `embedder`, on the device. about: what the JSON says of their origin and kind, by `noted`; files that say
+    otherwise are not overwritten. Under torchrun the processes share the batches (and need one disk).
+    -> the JSON's content.
     """
-    files, about = Files(stem), noted(about, precision, storage)
+    files = Files(stem)
     with only_writer(files):
         by_first(begin, files, about, len(images), skip_bad_images, overwrite)
         if files.plan.exists():
-            fill(model, images, files, device, batch_size, workers, precision, skip_bad_images)
+            fill(model, images, files, device, batch_size, workers, about["precision"], skip_bad_images)
             barrier()
             by_first(finish, files, about, images)
     return read_json(files.about)
 
 
-def noted(about, precision, storage):
-    """-> what the JSON says of an array's origin and kind."""
+def noted(about, precision="fp32", storage="fp32"):
+    """-> what the JSON says of an array: its origin (`about`: checkpoint, nesting_list, dataset, split ...) and its
+    kind. storage: fp32 or fp16."""
     return {**about, "dim": about["nesting_list"][-1], "dtype": np.dtype(DTYPES[storage]).name, "precision": precision}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from features import Files, dump, embedder
+from features import Files, dump, embedder, noted
 from image_set import ImageSet, Preparation
 from image_trees import SIZE, ColourReader, make_tree
 
@@ -35,8 +35,9 @@ def image_set(folder, classes=7, per_class=3):
     return ImageSet(folder, names, None, Preparation(SIZE, SIZE))
 
 
-def write(images, stem, batch_size=4, about=ABOUT, model=None, **options):
-    return dump(model or Features(), images, stem, about, CPU, batch_size, workers=0, **options)
+def write(images, stem, batch_size=4, about=ABOUT, model=None, storage="fp32", **options):
+    return dump(model or Features(), images, stem, noted(about, storage=storage), CPU, batch_size=batch_size, workers=0,
+                **options)
 
 
 def contents(folder):
@@ -163,7 +164,7 @@ def test_a_second_command_for_the_same_dump_is_refused(tmp_path, workers):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        dump(Asks(), images, stem, ABOUT, CPU, 4, workers)
+        dump(Asks(), images, stem, noted(ABOUT), CPU, batch_size=4, workers=workers)
     assert ".m-X.npy.lock" in begun and ".m-X.npy.lock" not in contents(tmp_path / "out")
     assert write(images, stem)["n"] == 21
 

@@ -19,6 +19,10 @@ import torch.multiprocessing as mp
 
 from MRL import InputError, command_line
 
+# Seconds that gloo's threads get to let go of their last tensors, for which they need Python's lock. PyTorch 2.6 waits
+# for them holding that lock; at Python's exit they die in asking for it, and the process aborts.
+GRACE = 0.1
+
 
 @dataclass
 class Process:
@@ -142,16 +146,17 @@ def run_worker(local_rank, worker, settings, *args):
                             world_size=size)
     try:
         worker(Process(rank, local_rank, size, device), settings, *args)
-    except SystemExit:      # all stop together. After an error the group stays: its end would wait for the others, who
-        leave_group()       # may wait for this one
+    except SystemExit:      # all stop together
+        leave_group()
+        raise
+    except Exception:       # the group stays: its end would wait for the others, who may wait for this one
+        time.sleep(GRACE)
         raise
     leave_group()
 
 
 def leave_group():
-    # gloo's threads need Python's lock to let go of the last tensors, and the next line waits for them holding it
-    # (seen with PyTorch 2.6): give them the time.
-    time.sleep(0.1)
+    time.sleep(GRACE)
     dist.destroy_process_group()
 
 

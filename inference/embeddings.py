@@ -1,0 +1,64 @@
+"""pytorch_inference.py with --retrieval: the embeddings of the queries (val) and of the database (train)."""
+from functools import cache
+from itertools import groupby
+from operator import attrgetter
+
+import eval_sets
+import features
+from image_set import some
+from plans import Plan, model_of, opened_set, origin, planned, show_skipped
+from saved_files import arrays_stem
+
+from MRL import InputError
+
+
+def embed(args, device):
+    """Write the arrays of each checkpoint; under torchrun the processes share the images."""
+    name, splits = eval_sets.lookup(eval_sets.RETRIEVAL, args.dataset or "1K")
+    if args.random_sample_dim and "train" not in splits:
+        raise InputError(f"--random_sample_dim: --dataset {name} has queries only, it searches 1K's database")
+    images_for = cache(lambda num_classes: opened_splits(splits, num_classes, args))
+    plans = features.together(planned, args, lambda path, spec: [
+        plan(path, spec, name, split, images, device, args)
+        for split, images in images_for(spec["num_classes"]).items()])
+    for _, of_one_checkpoint in groupby(plans, attrgetter("path")):
+        embed_one(list(of_one_checkpoint), args, device)
+
+
+def opened_splits(splits, num_classes, args):
+    """-> {split: ImageSet}."""
+    opened = {split: opened_set(row, num_classes, args) for split, row in splits.items()}
+    check_same_classes(opened)
+    if args.random_sample_dim:
+        opened["train"].sample(args.random_sample_dim)
+    return opened
+
+
+def check_same_classes(opened):
+    orders = {split: images.classes for split, images in opened.items()}
+    if len({tuple(classes) for classes in orders.values()}) > 1:
+        different = sorted(set(orders["train"]) ^ set(orders["val"]))
+        raise InputError(f"{opened['train'].folder} and {opened['val'].folder} have different class folders: "
+                         f"{some(different)}")
+
+
+def plan(path, spec, name, split, images, device, args):
+    precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
+    about = features.noted({**origin(path, spec, name, images, args), "split": split}, precision,
+                           args.storage or "fp32")
+    stem = arrays_stem(args.retrieval_array_path or ".", name, split, spec)
+    features.check_dump(features.Files(stem), about, args.skip_bad_images, args.overwrite)
+    return Plan(path, spec, images, about, {"arrays": (stem, about)})
+
+
+def embed_one(plans, args, device):
+    """The splits of one checkpoint."""
+    network = features.embedder(model_of(plans[0], args)).to(device)
+    for plan in plans:
+        stem, about = plan.files["arrays"]
+        written = features.dump(network, plan.images, stem, about, device, batch_size=args.batch_size,
+                                workers=args.workers, skip_bad_images=args.skip_bad_images, overwrite=args.overwrite)
+        if features.rank() == 0:
+            print(f"{stem}-X.npy: {written['n']} x {written['dim']} {written['dtype']}, "
+                  f"{len(written['skipped'])} skipped")
+            show_skipped(written["skipped"])

@@ -570,6 +570,31 @@ def allocate(path, shape, dtype):
         raise InputError(f"{path}: {needed:.2f} GB are needed: {error.strerror}") from None
 
 
+def read_embeddings(path):
+    """-> X [N, D] float32 or float16, memory-mapped, of an -X.npy file that inference/ wrote, or the original.
+
+    InputError unless it is whole, and what the JSON beside it says of it is true.
+    """
+    X, noted = read_array(path), Path(path).with_suffix(".json")
+    if X.ndim != 2 or 0 in X.shape or X.dtype not in (np.float32, np.float16):
+        raise InputError(f"{path}: must be float32 or float16 [N, D], is {X.dtype} {list(X.shape)}")
+    said = read_json(noted) or {}
+    if not said.get("complete", True):
+        raise InputError(f"{path}: unfinished; run the same inference command again to complete it")
+    if (said.get("n", X.shape[0]), said.get("dim", X.shape[1])) != X.shape:
+        raise InputError(f"{path}: is {list(X.shape)}, but {noted.name} says [{said.get('n')}, {said.get('dim')}]; "
+                         "write both again")
+    return X
+
+
+def read_labels(path, n):
+    """-> y [n] int64. The original's float16 [n, 1] files are read where float16 is exact."""
+    y = read_array(path)
+    if y.shape not in ((n,), (n, 1)):
+        raise InputError(f"{path}: {list(y.shape)} labels do not fit {n} embeddings; write both again")
+    return exact_labels(y, path).reshape(-1)
+
+
 def exact_labels(y, path):
     """-> the labels of a file as int64 of the same shape, if they are class numbers.
 

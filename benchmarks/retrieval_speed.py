@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from arrays import read_embeddings, read_labels
 from faiss_kernels import faiss, openblas_kernels
 from measure import machine, spread, take_turns
 from metrics import KS, retrieval_metrics
@@ -22,6 +21,8 @@ from neighbors import searcher, unit
 from rerank import funnel, rerank
 from serving import adaptive_index, adaptive_search
 from stages import Task, mapped, reranked
+
+from MRL import read_embeddings, read_labels
 
 D, SMALL, SHORTLIST = 2048, 16, 200
 FAISS_BLAS_THRESHOLD = 128_000      # of faiss 1.15; neighbors.py sets 0

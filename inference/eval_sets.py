@@ -1,6 +1,6 @@
 """The evaluation sets as rows of data: where a set lies, which class folders it must have, and where to get it.
 
-`open_set` checks the folders against the row and lists the images; classification.py and embeddings.py run them through a model.
+`open_set` checks the folders against the row and lists the images, for classification.py and embeddings.py.
 """
 import os
 from pathlib import Path

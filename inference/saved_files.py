@@ -12,10 +12,9 @@ runs are never mixed: what belongs to another run is not overwritten unless that
 import hashlib
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from MRL import InputError, exact_labels, model_name, read_array, read_json, replacing, write_json
+from MRL import InputError, model_name, read_embeddings, read_json, read_labels, replacing, write_json
 
 
 def outputs_path(folder, spec, dataset, tta, what):
@@ -88,9 +87,5 @@ def read_arrays(folder, dataset, split, model):
     stem = str(arrays_stem(folder, dataset, split, model))
     if not Path(f"{stem}-X.npy").exists():
         raise InputError(f"{stem}-X.npy: no such file; write it with pytorch_inference.py --retrieval")
-    X, y = (read_array(f"{stem}-{letter}.npy") for letter in "Xy")
-    if X.ndim != 2 or 0 in X.shape or X.dtype not in (np.float32, np.float16):
-        raise InputError(f"{stem}-X.npy: must be float32 or float16 [N, D], is {X.dtype} {list(X.shape)}")
-    if len(X) != y.size:
-        raise InputError(f"{stem}-X.npy has shape {X.shape}, -y.npy {y.shape}: they do not belong together")
-    return X, exact_labels(y, f"{stem}-y.npy").reshape(-1), read_json(f"{stem}-X.json") or {}
+    X = read_embeddings(f"{stem}-X.npy")
+    return X, read_labels(f"{stem}-y.npy", len(X)), read_json(f"{stem}-X.json") or {}

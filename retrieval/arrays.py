@@ -1,7 +1,8 @@
 """The arrays that retrieval reads, and the records that tell which embeddings an index or a list was made from.
 
-    xb = read_embeddings(embeddings_file("../inference", "1K", "train", "mrl"))      # [n, D], memory-mapped
-    yb = read_labels("../inference/1K_train_mrl1_e0_ff2048-y.npy", len(xb))          # [n] int64
+    file = embeddings_file("../inference", "1K", "train", "mrl")      # ../inference/1K_train_mrl1_e0_ff2048-X.npy
+    xb = MRL.read_embeddings(file)                                    # [n, D], memory-mapped
+    yb = MRL.read_labels(labels_file(file), len(xb))                  # [n] int64
 
 inference/ writes these files; stages.py reads them. A record is a JSON file beside an index or a list: fingerprints of
 the embeddings, and the settings. What has no record that fits is made again.
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from MRL import InputError, exact_labels, json_says, read_array, read_json, replacing, write_json
+from MRL import InputError, json_says, replacing, write_json
 
 MODELS = {"mrl": "mrl1_e0", "mrl_e": "mrl1_e1", "ff": "mrl0_e0"}
 
@@ -45,37 +46,6 @@ def embeddings_file(folder, dataset, split, model, size=None):
     if model != "ff" and len(files) > 1:
         raise InputError(f"{folder}: several files fit ({', '.join(p.name for p in files.values())}); keep one there")
     return files[size] if model == "ff" else next(iter(files.values()))
-
-
-def read_embeddings(path):
-    """-> [n, D] float32 or float16, memory-mapped, if the file and the companion beside it are complete."""
-    X = read_array(path)
-    if X.ndim != 2 or 0 in X.shape or X.dtype not in (np.float32, np.float16):
-        raise InputError(f"{path}: must be float32 or float16 [N, D], is {X.dtype} {list(X.shape)}")
-    side = companion(path)
-    if not side.get("complete", True):
-        raise InputError(f"{path}: unfinished; run the same inference command again to complete it")
-    if (side.get("n", X.shape[0]), side.get("dim", X.shape[1])) != X.shape:
-        raise InputError(f"{path}: is {list(X.shape)}, but {companion_file(path).name} says "
-                         f"[{side.get('n')}, {side.get('dim')}]; write both again")
-    return X
-
-
-def companion(path):
-    """What inference noted beside an -X.npy file: nesting_list, n, dim, complete, ...; empty where it noted nothing."""
-    return read_json(companion_file(path)) or {}
-
-
-def companion_file(path):
-    return Path(path).with_suffix(".json")
-
-
-def read_labels(path, n):
-    """-> [n] int64. The original's float16 [n, 1] files are read where float16 is exact."""
-    y = read_array(path)
-    if y.shape not in ((n,), (n, 1)):
-        raise InputError(f"{path}: {list(y.shape)} labels do not fit {n} embeddings; write both again")
-    return exact_labels(y, path).reshape(-1)
 
 
 def labels_file(embeddings):

@@ -17,21 +17,18 @@ import neighbors
 import numpy as np
 import serving
 from arrays import (
-    companion,
     embeddings_file,
     embeddings_files,
     fingerprint,
     fits,
     labels_file,
-    read_embeddings,
-    read_labels,
     record_file,
 )
 from metrics import KS, mflops_per_query, milliseconds, retrieval_metrics
 from neighbor_lists import Recipe, list_file, list_files, parse_list_file, read_list, write_list
 from rerank import check_funnel, funnel
 
-from MRL import InputError, default_nesting_list, locked, read_json
+from MRL import InputError, default_nesting_list, locked, read_embeddings, read_json, read_labels
 
 SEARCH_QUERIES = 8192             # a chunk of a search: what an interruption can lose
 RERANK_CANDIDATES = 2 ** 24       # a chunk of a re-ranking: each chunk goes through the database file once
@@ -88,7 +85,8 @@ def all_sizes(task):
     if task.model == "ff":
         return list(files)
     path = embeddings_file(task.embeddings, task.dataset, "train", task.model)
-    return companion(path).get("nesting_list") or default_nesting_list(read_embeddings(path).shape[1])
+    noted = read_json(path.with_suffix(".json")) or {}
+    return noted.get("nesting_list") or default_nesting_list(read_embeddings(path).shape[1])
 
 
 # ------------------------------------------------------------------------------------------------ lists

@@ -346,6 +346,50 @@ def test_json(tmp_path):
             MRL.read_json(tmp_path / "a.json")
 
 
+def test_embeddings_stay_on_disk(tmp_path):
+    np.save(tmp_path / "a-X.npy", np.ones((5, 4), np.float16))
+    X = MRL.read_embeddings(tmp_path / "a-X.npy")
+    assert isinstance(X, np.memmap) and X.shape == (5, 4) and X.dtype == np.float16
+
+
+@pytest.mark.parametrize("X, note, complaint", [
+    (np.zeros((5, 4)), {}, r"is float64 \[5, 4\]"), (np.zeros(5, np.float32), {}, r"is float32 \[5\]"),
+    (np.zeros((0, 4), np.float32), {}, r"\[0, 4\]"),
+    (np.ones((5, 4), np.float32), {"complete": False}, "unfinished"),
+    (np.ones((5, 4), np.float32), {"n": 6, "dim": 4}, r"is \[5, 4\], but a-X.json says \[6, 4\]")])
+def test_embeddings_that_are_not_whole_are_refused(tmp_path, X, note, complaint):
+    np.save(tmp_path / "a-X.npy", X)
+    (tmp_path / "a-X.json").write_text(json.dumps(note))
+    with pytest.raises(InputError, match=complaint):
+        MRL.read_embeddings(tmp_path / "a-X.npy")
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    np.save(tmp_path / "a-X.npy", np.ones((50, 4), np.float32))
+    whole = (tmp_path / "a-X.npy").read_bytes()
+    for length in (0, 40, len(whole) - 8):
+        (tmp_path / "a-X.npy").write_bytes(whole[:length])
+        with pytest.raises(InputError, match=r"not a complete .npy file"):
+            MRL.read_embeddings(tmp_path / "a-X.npy")
+
+
+@pytest.mark.parametrize("y", [np.arange(5), np.arange(5.0), np.arange(5, dtype=np.float16)[:, None],
+                               np.arange(5, dtype=np.uint16), np.array([4201, 0, 1, 2, 3], np.float32)])
+def test_labels_of_any_kind_are_read_exactly(tmp_path, y):
+    np.save(tmp_path / "y.npy", y)
+    labels = MRL.read_labels(tmp_path / "y.npy", 5)
+    assert labels.dtype == np.int64 and labels.tolist() == y.ravel().tolist()
+
+
+@pytest.mark.parametrize("y, complaint", [
+    (np.array([0, 1, 4201], np.float16)[:, None], "merged classes"), (np.array([0, 0.5, 1]), "whole numbers"),
+    (np.array([0, 1]), r"\[2\] labels do not fit 3 embeddings"), (np.zeros((3, 2)), r"\[3, 2\] labels do not fit")])
+def test_labels_that_are_not_certain_are_refused(tmp_path, y, complaint):
+    np.save(tmp_path / "y.npy", y)
+    with pytest.raises(InputError, match=complaint):
+        MRL.read_labels(tmp_path / "y.npy", 3)
+
+
 def test_labels_of_any_kind_are_exact_or_refused():
     true = np.arange(4202)
     for stored in (true, true.astype(np.float32), true.astype(np.uint16)):

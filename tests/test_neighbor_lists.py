@@ -1,10 +1,10 @@
 """neighbor_lists.py: names, reading the original's CSV, and lists that are made in resumable chunks."""
 import numpy as np
 import pytest
-from arrays import read_json, record_file
+from arrays import record_file
 from neighbor_lists import Recipe, list_file, list_files, parse_list_file, read_list, write_list
 
-from MRL import InputError, write_json
+from MRL import InputError, read_json, write_json
 
 RECIPES = {
     Recipe("exactl2", 16, 2048): "neighbors/mrl/exactl2_16dim_2048shortlist_1K.npy",

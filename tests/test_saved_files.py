@@ -112,5 +112,5 @@ def test_arrays_that_do_not_fit_or_are_not_there(tmp_path):
         read_arrays(tmp_path, "1K", "val", "m")
     np.save(tmp_path / "1K_val_m-X.npy", np.ones((3, 4), np.float32))
     np.save(tmp_path / "1K_val_m-y.npy", np.arange(4))
-    with pytest.raises(InputError, match="do not belong together"):
+    with pytest.raises(InputError, match=r"\[4\] labels do not fit 3 embeddings"):
         read_arrays(tmp_path, "1K", "val", "m")

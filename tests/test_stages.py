@@ -5,7 +5,7 @@ import neighbors
 import numpy as np
 import pytest
 import retrieval_world
-from arrays import read_json, record_file
+from arrays import record_file
 from metrics import mflops_per_query
 from neighbor_lists import Recipe, list_file
 from retrieval_world import assert_nearest
@@ -22,7 +22,7 @@ from stages import (
     serving_index,
 )
 
-from MRL import InputError
+from MRL import InputError, read_json
 
 WORLD = retrieval_world.world(400, 30, 32)
 XB, YB, XQ, YQ = WORLD

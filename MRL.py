@@ -622,6 +622,15 @@ def number(kind, least, most=math.inf):
     return read
 
 
+def device_named(name, flag="--device"):
+    """-> torch.device, if it can compute here (a GPU may be too old for the kernels in PyTorch's wheels)."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"{flag} {name}: {reason(error)}") from None
+    return torch.device(name)
+
+
 def command_line(main):
     """Run a script's main. Bad input ends with one line and exit status 1, Ctrl-C with 130, SIGTERM with 143."""
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # so that temporary files are removed

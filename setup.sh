@@ -27,12 +27,13 @@ choose_python() {      # an environment with PyTorch is used as it is; else .ven
 }
 
 have_headers() {
-  command -v g++ >/dev/null && command -v pkg-config >/dev/null && pkg-config --exists libturbojpeg \
+  "$python" -c 'import os, sysconfig; os.stat(sysconfig.get_paths()["include"] + "/Python.h")' 2>/dev/null \
+    && command -v g++ >/dev/null && command -v pkg-config >/dev/null && pkg-config --exists libturbojpeg \
     && PKG_CONFIG_PATH=$pc${PKG_CONFIG_PATH:-} \
        sh -c 'printf "#include <opencv2/opencv.hpp>\n" | g++ -E $(pkg-config --cflags opencv4) -x c++ - >/dev/null 2>&1'
 }
 
-system_packages="libopencv-core-dev libopencv-imgproc-dev libturbojpeg0-dev pkg-config g++ python3-venv"
+system_packages="libopencv-core-dev libopencv-imgproc-dev libturbojpeg0-dev pkg-config g++ python3-dev python3-venv"
 install_headers() {      # what FFCV is compiled against
   have_headers && return
   if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
@@ -40,7 +41,7 @@ install_headers() {      # what FFCV is compiled against
     apt-get update -qq && apt-get install -y -qq --no-install-recommends $system_packages >/dev/null
   fi
   have_headers && return
-  say "FFCV needs headers of OpenCV (core, imgproc) and TurboJPEG, pkg-config and a C++ compiler:"
+  say "FFCV needs headers of OpenCV (core, imgproc), TurboJPEG and Python, pkg-config and a C++ compiler:"
   say "  sudo apt-get install $system_packages"
   say "or, without root:  conda install -c conda-forge opencv libjpeg-turbo pkg-config cxx-compiler"
   say "then run this again."
@@ -50,6 +51,7 @@ install_headers() {      # what FFCV is compiled against
 install_packages() {
   local skip='^$'
   if "$python" -c "import torch, torchvision" 2>/dev/null; then skip='^torch'; fi      # keep the PyTorch that is there
+  if "$python" -c "import faiss; faiss.StandardGpuResources" 2>/dev/null; then skip+='|^faiss'; fi      # and FAISS with GPUs
   say "installing the Python packages (PyTorch is large; this takes minutes)"
   PKG_CONFIG_PATH=$pc${PKG_CONFIG_PATH:-} "$python" -m pip install -q --disable-pip-version-check \
     --root-user-action=ignore -r <(grep -vE "$skip" requirements.txt) >&2

@@ -105,6 +105,7 @@ def main():
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision("highest")      # a container may have allowed TF32
     torch.manual_seed(0)
     products = sum(args.sizes) / args.sizes[-1]
     print(f"{machine(args.device)}; fp32, N={args.batch_size}, sizes {args.sizes[0]}..{args.sizes[-1]}; "

@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 import torch
 import which_model
-from evaluate import device_named
 from nearest import nearest, on_device
 from saved_files import fingerprint, read_arrays
 from tqdm import tqdm
@@ -32,6 +31,7 @@ from MRL import (
     classifier,
     command_line,
     default_nesting_list,
+    device_named,
     number,
     write_json,
 )
@@ -186,6 +186,7 @@ def show(result):
 def main():
     args = arguments()
     device_named(args.device)
+    torch.set_float32_matmul_precision("highest")      # 1-NN is exact: a container may have allowed TF32
     about, figures = {"knn": knn, "lp": lp, "svd": svd, "ncm": ncm}[args.command](args)
     result = {"command": args.command, "model": args.model, "dataset": args.dataset,
               "checkpoint": about.get("checkpoint"), **figures}

@@ -7,16 +7,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from MRL import InputError, autocast, count, reason, stack_logits
-
-
-def device_named(name):
-    """-> torch.device, if it can compute here."""
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {reason(error)}") from None
-    return torch.device(name)
+from MRL import InputError, autocast, count, stack_logits
 
 
 def all_sizes(model, x, tta=False):

@@ -1,5 +1,6 @@
-"""What a command will do with each checkpoint, settled and checked before the first image is read. The first half of
-classification.py and of embeddings.py.
+"""What a command will do with each checkpoint, settled and checked before the first image is read.
+
+classification.py and embeddings.py begin with it.
 """
 from typing import NamedTuple
 

@@ -20,10 +20,9 @@ import torch.distributed as dist
 from classification import SAVED, classify
 from embeddings import embed
 from eval_sets import CLASSIFICATION, RETRIEVAL
-from evaluate import device_named
 from features import DTYPES
 
-from MRL import InputError, check_nesting_list, command_line, number
+from MRL import InputError, check_nesting_list, command_line, device_named, number
 
 positive = number(int, 1)
 

@@ -9,9 +9,9 @@ import sys
 from itertools import combinations
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from metrics import KS
 from neighbors import NoDirectionError
@@ -114,7 +114,8 @@ def paper_table(task):
 
 def draw_sizes(table, paper, task):
     """mAP@10 against representation size (figure 7)."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     for (index, rows), style in zip(table[table.method == "single-shot"].groupby("index"), STYLES, strict=False):
         axes.plot(rows.retrieval_dim, 100 * rows["mAP@10"], label=f"{MODEL_NAMES[task.model]}, {index}", **style)
     theirs = paper[paper.rerank_dims == ""]
@@ -131,16 +132,12 @@ def draw_sizes(table, paper, task):
 
 def draw_costs(table, paper, task):
     """mAP@10 against MFLOPs and against measured milliseconds for one query (figure 8)."""
-    figure, both = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    both = figure.subplots(1, 2, sharey=True)
     for axes, cost in zip(both, ("mflops", "ms_per_query"), strict=True):
         for (index, rows), style in zip(table.groupby("index"), STYLES, strict=False):
             draw_methods(axes, rows, cost, index, style)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.margins(x=0.08)
-        axes.grid(alpha=0.3)
+        cost_axis(axes)
     if len(paper):
         both[0].plot(paper.mflops, 100 * paper["mAP@10"], "x", color="black", label="the paper's")
     both[0].set(xlabel="MFLOPs per query", ylabel="mAP@10 (%)")
@@ -151,6 +148,16 @@ def draw_costs(table, paper, task):
     figure.suptitle(f"{task.dataset}, {MODEL_NAMES[task.model]}, {n:,} database vectors: "
                     "single-shot (with its sizes), adaptive, funnel")
     return figure
+
+
+def cost_axis(axes):
+    """Logarithmic, with plain numbers at 1, 2, 5, 10 ..."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.08)
+    axes.grid(alpha=0.3)
 
 
 def spread_out(axes, points=5):
@@ -174,4 +181,3 @@ def draw_methods(axes, table, cost, index, style):
 def save(figure, path):
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=130)
-    plt.close(figure)

@@ -67,6 +67,20 @@ def test_crops_can_be_gentle(train_file):
         assert (gentle[i] - expected).abs().mean() < 12 < (usual[i] - expected).abs().mean()
 
 
+def test_a_failure_in_ffcvs_thread_ends_the_epoch(train_file, monkeypatch):
+    """FFCV's own waits for ever for the next batch: a broken GPU would never end a run."""
+    def broken(iterator, number, *args, work=loaders.ffcv_repairs.run_pipeline):
+        if number == 2:
+            raise RuntimeError("CUDA error: an illegal memory access")
+        return work(iterator, number, *args)
+
+    monkeypatch.setattr(loaders.ffcv_repairs, "run_pipeline", broken)
+    batches = loaders.train_loader(train_file, 8, 1, 1, 32, 7, "cpu").epoch(0)
+    assert len(next(batches)) == len(next(batches)) == 2
+    with pytest.raises(RuntimeError, match="FFCV could not make the next batch: CUDA error: an illegal memory access"):
+        next(batches)
+
+
 def test_the_resolution_changes(train_file):
     loader = loaders.train_loader(train_file, 8, 1, 1, 32, 7, "cpu")
     loader.set_resolution(64)

@@ -74,6 +74,11 @@ def share(process, item):
     return items[0]
 
 
+def wait(process):
+    """For all processes to come here. (Over gloo: a barrier of NCCL would also wait for the GPU.)"""
+    share(process, None)
+
+
 def share_buffers(process, model):
     """The first process's running statistics for all, so that they validate the same model."""
     if not process.alone:

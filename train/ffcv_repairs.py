@@ -34,7 +34,27 @@ def compile_reader(self):
     return Compiler.compile(read, mapped(numba.uint64, numba.types.Tuple([mapped, table, table])))
 
 
-run_pipeline = EpochIterator.run_pipeline
+run, next_batch, run_pipeline = EpochIterator.run, EpochIterator.__next__, EpochIterator.run_pipeline
+
+
+def run_and_tell(self):
+    """FFCV's thread ends silently where it fails, and who waits for its next batch waits for ever."""
+    if IS_CUDA:
+        torch.cuda.set_device(self.current_stream.device)   # a thread begins on GPU 0, and would take memory there
+    try:
+        run(self)
+    except BaseException as error:
+        self.failure = error
+        self.output_queue.put(None)
+
+
+def next_or_raise(self):
+    try:
+        return next_batch(self)
+    except StopIteration:
+        if self.failure is not None:
+            raise RuntimeError(f"FFCV could not make the next batch: {self.failure}") from self.failure
+        raise
 
 
 def run_after_copy(self, number, images, slot, event):
@@ -45,6 +65,8 @@ def run_after_copy(self, number, images, slot, event):
     return run_pipeline(self, number, images, slot, event)
 
 
+EpochIterator.failure = None         # of the class: the thread starts before an instance could set it
+EpochIterator.run, EpochIterator.__next__ = run_and_tell, next_or_raise
 EpochIterator.run_pipeline = run_after_copy
 Compiler.set_num_threads = classmethod(set_num_threads)
 OSCacheManager.compile_reader = compile_reader

@@ -17,11 +17,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from MRL import InputError, command_line
+from MRL import InputError, command_line, device_named
 
 # Seconds that gloo's threads get to let go of their last tensors, for which they need Python's lock. PyTorch 2.6 waits
 # for them holding that lock; at Python's exit they die in asking for it, and the process aborts.
 GRACE = 0.1
+
+
+FLAG = "--training.device"
+
+
+class StoppedTogether(SystemExit):
+    """All processes end here, as they have agreed."""
 
 
 @dataclass
@@ -100,7 +107,7 @@ def launch(worker, settings, *args):
     if under_torchrun():
         run_worker(int(os.environ["LOCAL_RANK"]), worker, settings, *args)
     elif world_size(settings) == 1:
-        worker(Process(device=torch.device(settings.training.device)), settings, *args)
+        worker(Process(device=device_named(settings.training.device, FLAG)), settings, *args)
     else:
         spawn(worker, settings, *args)
 
@@ -137,8 +144,9 @@ def run_spawned(*args):
 
 def run_worker(local_rank, worker, settings, *args):
     rank, size = int(os.environ["RANK"]) if under_torchrun() else local_rank, int(os.environ["WORLD_SIZE"])
+    os.environ["LOCAL_RANK"] = str(local_rank)      # what NCCL takes as its device; a shell may have left another
     cuda = settings.training.device == "cuda"
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device = device_named(f"cuda:{local_rank}" if cuda else "cpu", FLAG)
     if cuda:
         torch.cuda.set_device(device)
     # gloo beside nccl: small messages between the hosts must not wait for the GPU's queue
@@ -146,10 +154,10 @@ def run_worker(local_rank, worker, settings, *args):
                             world_size=size)
     try:
         worker(Process(rank, local_rank, size, device), settings, *args)
-    except SystemExit:      # all stop together
+    except StoppedTogether:
         leave_group()
         raise
-    except Exception:       # the group stays: its end would wait for the others, who may wait for this one
+    except BaseException:      # the group stays: its end would wait for the others, who may wait for this one
         time.sleep(GRACE)
         raise
     leave_group()

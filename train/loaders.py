@@ -23,7 +23,7 @@ from MRL import MEAN, STD
 VALIDATION_RATIO = 224 / 256           # the centre crop's share of the shorter side
 
 
-def train_loader(path, batch_size, num_workers, in_memory, resolution, seed, device, distributed=False, indices=None,
+def train_loader(path, batch_size, num_workers, in_memory, resolution, seed, device, *, distributed=False, indices=None,
                  **crop):
     """Shuffled random crops, the last incomplete batch dropped. Iterate with `loader.epoch(e)`.
 

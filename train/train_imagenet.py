@@ -108,12 +108,13 @@ Section("dist", "processes started by this script; under torchrun its environmen
 
 def worker(process, settings, spec, folder):
     """What every process does."""
-    d, v, device = settings.data, settings.validation, process.device
+    d, v = settings.data, settings.validation
+    stop = None if settings.training.eval_only else collectives.StopRequest(process)
     trainer = Trainer(process, settings, spec, folder)
-    val = val_loader(d.val_dataset, v.batch_size, d.num_workers, v.resolution, device, process.rank, process.world_size)
-    if settings.training.eval_only:
+    val = val_loader(d.val_dataset, batch_size=v.batch_size, num_workers=d.num_workers, resolution=v.resolution,
+                     device=process.device, rank=process.rank, world_size=process.world_size)
+    if stop is None:
         return validate_only(trainer, val)
-    stop = collectives.StopRequest(process)
     with checkpoint.alone_in(folder) if process.first else nullcontext():
         go_on(trainer, val, stop)
 
@@ -126,8 +127,9 @@ def go_on(trainer, val, stop):
     if process.first:
         checkpoint.forget_after(folder, trainer.epoch)
     d, t = settings.data, settings.training
-    train = train_loader(d.train_dataset, t.batch_size, d.num_workers, d.in_memory, settings.resolution.min_res, t.seed,
-                         process.device, not process.alone, scale=t.crop_scale, flip=t.flip)
+    train = train_loader(d.train_dataset, batch_size=t.batch_size, num_workers=d.num_workers, in_memory=d.in_memory,
+                         resolution=settings.resolution.min_res, seed=t.seed, device=process.device,
+                         distributed=not process.alone, scale=t.crop_scale, flip=t.flip)
     trainer.run(train, val, stop)
 
 

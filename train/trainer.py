@@ -8,6 +8,7 @@ import collectives
 import schedules
 import torch
 from epoch_table import named, table
+from launch import StoppedTogether
 from loaders import normalise, pixel_statistics
 from recipe import make_criterion, make_model, make_optimizer, train_mode
 from stopwatch import Stopwatch
@@ -132,8 +133,8 @@ class Trainer:
         if self.process.first:
             print(f"stopped in epoch {self.epoch + 1} after {self.step} steps; go on with "
                   f"--training.resume={self.folder}", file=sys.stderr)
-        collectives.share(self.process, None)      # wait until all is saved: the first to exit ends the others
-        sys.exit(128 + signum)
+        collectives.wait(self.process)      # wait until all is saved: the first to exit ends the others
+        raise StoppedTogether(128 + signum)
 
     def run(self, loader, val, stop):
         """The epochs that are left; then final_weights.pt."""
@@ -168,7 +169,7 @@ class Trainer:
         if self.process.first:
             raise InputError(f"epoch {self.epoch + 1}: weights are NaN or infinite. Begin anew with a lower --lr.lr or "
                              f"with --training.precision=bf16; the last checkpoint stays in {self.folder}")
-        collectives.share(self.process, None)      # the first process reports the error for all
+        collectives.wait(self.process)      # the first process reports the error for all
 
     def train_losses(self, steps):
         """-> the epoch's mean loss, and that of each size; over all processes."""

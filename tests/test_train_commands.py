@@ -68,6 +68,23 @@ def test_the_readmes_commands(trained, kind, processes):
     assert settings["dist"]["world_size"] == processes and settings["lr"]["lr"] == 0.01
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("compiled", [0, 1])
+def test_on_a_gpu(compiled, tmp_path, ffcv_folder, run):
+    """fp16, two resolutions; resumed after its first epoch, a run ends where the whole one did, but for rounding."""
+    run("train", command(MODELS["mrl"], tmp_path, ffcv_folder, f"--training.device=cuda --training.compile={compiled}",
+                         "--training.distributed=0 --training.epochs=2 --resolution.max_res=64"))
+    folder = only_run(tmp_path)
+    whole = torch.load(folder / "final_weights.pt")
+    (folder / "final_weights.pt").unlink()
+    (folder / "checkpoint_previous.pt").replace(folder / "checkpoint.pt")
+    run("train", f"train_imagenet.py --training.resume={folder}")
+    records = [json.loads(line) for line in (folder / "log").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [0, 1] and records[0]["peak_memory_mb"] > 0
+    for name, weights in torch.load(folder / "final_weights.pt").items():
+        torch.testing.assert_close(weights, whole[name], rtol=0.05, atol=0.05)
+
+
 def test_two_processes_equal_one_that_accumulates(trained, ffcv_folder):
     """Each half-batch is normalised by its own statistics; the gradients of both are averaged."""
     from loaders import normalise, pixel_statistics, train_loader

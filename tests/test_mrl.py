@@ -114,6 +114,34 @@ def test_no_bias_means_none():
     assert [k for k in MRL_Linear_Layer([2, 4], 3, bias=False).state_dict() if "bias" in k] == []
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", ["none", "features", "weights"])
+def test_the_shared_heads_gradient_is_autograds(bias, frozen):
+    """Width 11 above the largest size; of the sizes, the loss uses two."""
+    head, x = MRL_Linear_Layer([2, 5, 9], 4, efficient=True, bias=bias).double(), torch.randn(6, 11).double()
+    x.requires_grad_(frozen != "features")
+    head.requires_grad_(frozen != "weights")
+    layer, wanted = head.nesting_classifier_0, [t for t in (x, *head.parameters()) if t.requires_grad]
+    results = []
+    for logits in (head(x), MRL.nested_logits(x, layer.weight, layer.bias, [2, 5, 9])):
+        results.append((*logits, *torch.autograd.grad((logits[0] ** 2).sum() + (logits[2] ** 3).sum(), wanted)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("kind", ["mrl", "mrl_e"])
+def test_heads_in_autocast_and_compiled(kind):
+    head, x = MRL_Linear_Layer([2, 5, 9], 4, efficient=kind == "mrl_e"), torch.randn(6, 9)
+    whole = torch.stack(head(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = head(x)
+    assert {logits.dtype for logits in half} == {torch.bfloat16}
+    torch.testing.assert_close(torch.stack(half).float(), whole, rtol=0.05, atol=0.05)
+    sum(logits.float().sum() for logits in half).backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in head.parameters())
+    compiled = torch.compile(head, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.stack(compiled(x)), whole)
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"label_smoothing": 0.1}, {"weight": torch.tensor([1., 2., 3., 4.])},
                                     {"ignore_index": 2}, {"reduction": "sum"},
                                     {"weight": torch.tensor([1., 2., 3., 4.]), "ignore_index": 2}])

@@ -80,7 +80,7 @@ class MRL_Linear_Layer(nn.Module):
     def _shared(self, x):
         """Logits of each size = those of the size before + the next slice's product: one layer's multiplications."""
         layer, sizes = self.nesting_classifier_0, self.nesting_list
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_meta:
             return nested_logits(x, layer.weight, layer.bias, sizes)
         return NestedLogits.apply(*in_autocast_type(x, layer.weight, layer.bias), sizes)
 

@@ -129,7 +129,7 @@ def test_the_shared_heads_gradient_is_autograds(bias, frozen):
 
 
 @pytest.mark.parametrize("kind", ["mrl", "mrl_e"])
-def test_heads_in_autocast_and_compiled(kind):
+def test_heads_in_autocast_compiled_and_on_no_device(kind):
     head, x = MRL_Linear_Layer([2, 5, 9], 4, efficient=kind == "mrl_e"), torch.randn(6, 9)
     whole = torch.stack(head(x))
     with torch.autocast("cpu", torch.bfloat16):
@@ -140,6 +140,7 @@ def test_heads_in_autocast_and_compiled(kind):
     assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in head.parameters())
     compiled = torch.compile(head, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(torch.stack(compiled(x)), whole)
+    assert head.to("meta")(x.to("meta"))[2].shape == (6, 4)
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"label_smoothing": 0.1}, {"weight": torch.tensor([1., 2., 3., 4.])},

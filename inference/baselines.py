@@ -57,7 +57,7 @@ def linear_probe(X, y, sizes, epochs=10, lr=1e-3, batch_size=1024, device="cpu")
         for rows in tqdm(batches, desc=f"epoch {epoch + 1}/{epochs}", unit="batch", leave=False):
             rows.sort()                                                   # kinder to a memory-mapped file
             optimizer.zero_grad()
-            loss(head(on_device(X[rows], device)), torch.from_numpy(y[rows]).to(device)).backward()
+            loss(head(on_device(X[rows], device)), torch.tensor(y[rows], device=device)).backward()
             optimizer.step()
             schedule.step()
     return head

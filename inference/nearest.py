@@ -1,7 +1,6 @@
 """Exact 1-nearest-neighbour search at several representation sizes at once (Table 2). Used by baselines.py."""
 from itertools import pairwise
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -45,8 +44,9 @@ def scores(xb, xq, sizes):
 
 def on_device(rows, device):
     """Rows of embeddings -> float32 tensor; InputError where they are NaN or infinite: nearest to nothing."""
-    x = np.array(rows, dtype=np.float32)
-    if not np.isfinite(x).all():
+    x = torch.empty(rows.shape)      # not NumPy's memory: PyTorch 2.6 may free that after Python's end, and then hangs
+    x.numpy()[...] = rows
+    if not x.isfinite().all():
         raise InputError(f"{getattr(rows, 'filename', None) or 'the embeddings'}: holds NaN or infinite numbers; "
                          "write it again with pytorch_inference.py --retrieval --precision fp32")
-    return torch.from_numpy(x).to(device)
+    return x.to(device)

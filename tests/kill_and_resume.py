@@ -65,7 +65,7 @@ def kill_at_random(words, folder, rng):
     process.stderr.close()
     if (folder / "final_weights.pt").exists():
         return "finished"
-    return "saving" if list(folder.glob(".checkpoint*")) else "training"
+    return "saving" if list(folder.glob(".checkpoint*.pt")) else "training"
 
 
 def written(path):

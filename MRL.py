@@ -20,12 +20,14 @@ import pickle
 import re
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import nn
@@ -80,7 +82,7 @@ class MRL_Linear_Layer(nn.Module):
     def _shared(self, x):
         """Logits of each size = those of the size before + the next slice's product: one layer's multiplications."""
         layer, sizes = self.nesting_classifier_0, self.nesting_list
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_meta:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return nested_logits(x, layer.weight, layer.bias, sizes)
         return NestedLogits.apply(*in_autocast_type(x, layer.weight, layer.bias), sizes)
 
@@ -116,8 +118,8 @@ class NestedLogits(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         x, weight = ctx.saved_tensors
-        dx, dweight = (like(t) if needed else None for like, t, needed in
-                       zip((torch.zeros_like, torch.empty_like), (x, weight), ctx.needs_input_grad, strict=False))
+        dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        dweight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         total = torch.zeros_like(grads[-1])                  # d loss / d a product: the sum over all sizes that use it
         for (a, b), grad in zip(reversed([*pairwise([0, *ctx.sizes])]), reversed(grads), strict=True):
             total += grad
@@ -131,7 +133,7 @@ class NestedLogits(torch.autograd.Function):
 def in_autocast_type(*tensors):
     """The tensors as autocast gives them to a product. (A torch.autograd.Function is not among what it knows.)"""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     return [None if t is None else t.to(torch.get_autocast_dtype(device)) for t in tensors]
 
@@ -670,6 +672,19 @@ def device_named(name, flag="--device"):
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"{flag} {name}: {reason(error)}") from None
     return torch.device(name)
+
+
+def leave_group(together=True):
+    """Leave the process group, if there is one. together: its end waits for the other processes, so not after an error,
+    when they may wait for this one.
+
+    First gloo's threads get the time to let go of their last tensors, for which they need Python's lock: PyTorch 2.6
+    waits for them holding that lock, and at Python's exit they die in asking for it, and the process aborts.
+    """
+    if dist.is_initialized():
+        time.sleep(0.1)
+        if together:
+            dist.destroy_process_group()
 
 
 def command_line(main):

@@ -45,16 +45,17 @@ def classify_one(plan, args, device):
     """Evaluate one checkpoint, write its figures and tensors. -> the figures."""
     Path(args.output).mkdir(parents=True, exist_ok=True)
     images, about = plan.images, plan.about
-    keep = Outputs(len(about["nesting_list"]), len(images), len(images.classes), list(plan.files))
+    sizes, classes = len(about["nesting_list"]), len(images.classes)
+    keep = Outputs(sizes, len(images), classes, list(plan.files)) if plan.files else None
     loader = make_loader(images, args.batch_size, args.workers, device.type == "cuda")
     result = evaluate(model_of(plan, args), images, loader, device, tta=args.tta, precision=about["precision"],
-                      skip_bad_images=args.skip_bad_images, keep=keep if plan.files else None)
+                      skip_bad_images=args.skip_bad_images, keep=keep)
     show_skipped(result["skipped"])
     run = {"model": model_name(plan.spec), "path": plan.path, **about, **result, "spec": plan.spec,
            "device": args.device, "folder": str(images.folder), "batch_size": args.batch_size,
            "torch": torch.__version__}
     write_json(accuracy_path(args.output, plan.spec, about["dataset"], args.tta, about["checkpoint"]), run)
-    for what, tensor in keep.tensors():
+    for what, tensor in keep.tensors() if keep else ():
         file, says = plan.files[what]
         save_tensor(file, tensor, says | {"n": result["n"], "skipped": result["skipped"]})
     return run

@@ -12,7 +12,6 @@ The files written, and who reads them: saved_files.py.
 """
 import argparse
 import os
-import time
 from datetime import timedelta
 
 import torch
@@ -22,7 +21,7 @@ from embeddings import embed
 from eval_sets import CLASSIFICATION, RETRIEVAL
 from features import DTYPES
 
-from MRL import InputError, check_nesting_list, command_line, device_named, number
+from MRL import InputError, check_nesting_list, command_line, device_named, leave_group, number
 
 positive = number(int, 1)
 
@@ -122,9 +121,7 @@ def main():
     try:
         (embed if args.retrieval else classify)(args, start_device(args))
     finally:
-        if dist.is_initialized():
-            time.sleep(0.1)      # gloo's threads need Python's lock for their last tensors: at its exit they abort
-            dist.destroy_process_group()
+        leave_group()          # after an error too: over gloo nobody waits for the others
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import sys
-import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from MRL import InputError, command_line, device_named
-
-# Seconds that gloo's threads get to let go of their last tensors, for which they need Python's lock. PyTorch 2.6 waits
-# for them holding that lock; at Python's exit they die in asking for it, and the process aborts.
-GRACE = 0.1
-
+from MRL import InputError, command_line, device_named, leave_group
 
 FLAG = "--training.device"
 
@@ -154,18 +148,10 @@ def run_worker(local_rank, worker, settings, *args):
                             world_size=size)
     try:
         worker(Process(rank, local_rank, size, device), settings, *args)
-    except StoppedTogether:
-        leave_group()
-        raise
-    except BaseException:      # the group stays: its end would wait for the others, who may wait for this one
-        time.sleep(GRACE)
+    except BaseException as end:
+        leave_group(together=isinstance(end, StoppedTogether))
         raise
     leave_group()
-
-
-def leave_group():
-    time.sleep(GRACE)
-    dist.destroy_process_group()
 
 
 def meeting_place(rank, size):

@@ -113,7 +113,7 @@ def worker(process, settings, spec, folder):
     trainer = Trainer(process, settings, spec, folder)
     val = val_loader(d.val_dataset, batch_size=v.batch_size, num_workers=d.num_workers, resolution=v.resolution,
                      device=process.device, rank=process.rank, world_size=process.world_size)
-    if stop is None:
+    if settings.training.eval_only:
         return validate_only(trainer, val)
     with checkpoint.alone_in(folder) if process.first else nullcontext():
         go_on(trainer, val, stop)

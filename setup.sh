@@ -61,10 +61,10 @@ python=$(choose_python)
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { say "$python: Python 3.10 or later is needed"; exit 1; }
 stamp=$(cat requirements.txt setup.sh pyproject.toml | cksum | cut -d' ' -f1)
 done_file=$("$python" -c 'import sys; print(sys.prefix)')/.mrl-setup-$stamp
-if [ ! -e "$done_file" ] || ! "$python" -c "import ffcv, MRL" 2>/dev/null; then
+if [ ! -e "$done_file" ] || ! "$python" -c "import ffcv, MRL, mrl_models, mrl_images" 2>/dev/null; then
   "$python" -c "import ffcv" 2>/dev/null || install_headers
   install_packages
-  "$python" -c "import torch, torchvision, ffcv, faiss, MRL" || { say "the environment does not work"; exit 1; }
+  "$python" -c "import torch, torchvision, ffcv, faiss, MRL, mrl_images" || { say "the environment does not work"; exit 1; }
   touch "$done_file"
 fi
 export PATH="$(dirname "$python"):$PATH"      # for scripts that source this one

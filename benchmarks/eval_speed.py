@@ -16,7 +16,7 @@ from evaluate import evaluate
 from image_set import ImageSet, Preparation, make_loader
 from measure import machine, make_images, spread, take_turns
 
-from MRL import build_model
+from mrl_models import build_model
 
 
 @torch.inference_mode()

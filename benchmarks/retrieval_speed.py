@@ -22,7 +22,7 @@ from rerank import funnel, rerank
 from serving import adaptive_index, adaptive_search
 from stages import Task, mapped, reranked
 
-from MRL import read_embeddings, read_labels
+from mrl_files import read_embeddings, read_labels
 
 D, SMALL, SHORTLIST = 2048, 16, 200
 FAISS_BLAS_THRESHOLD = 128_000      # of faiss 1.15; neighbors.py sets 0

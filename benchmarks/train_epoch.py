@@ -25,7 +25,7 @@ import torch
 from measure import machine, make_images, spread
 from train_step import compare, device_and_precision, ours, plain
 
-from MRL import InputError, command_line
+from mrl_files import InputError, command_line
 
 TRAIN = Path(__file__).resolve().parent.parent / "train"
 # Run in train/: one line per number of workers with FFCV's images/s of each epoch; the first one compiles.

@@ -25,7 +25,7 @@ from torch import nn
 from train_imagenet import CONFIG
 from trainer import Trainer
 
-from MRL import MEAN, STD, autocast, build_model, classifier
+from mrl_models import MEAN, STD, autocast, build_model, classifier
 
 HEADS = {"FF": {}, "MRL": {"mrl": 1}, "MRL-E": {"efficient": 1}}      # FF: the size is the feature width
 SMOOTHING, WEIGHT_DECAY, RATE = 0.1, 1e-4, 1e-3

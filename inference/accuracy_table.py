@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from MRL import replacing, write_json
+from mrl_files import replacing, write_json
 
 KINDS = {"mrl": "MRL", "mrl_e": "MRL-E"}                # all fixed-feature models are one line, as in the paper
 

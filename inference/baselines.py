@@ -22,19 +22,9 @@ from nearest import nearest, on_device
 from saved_files import fingerprint, read_arrays
 from tqdm import tqdm
 
-from MRL import (
-    FixedFeatureLayer,
-    InputError,
-    Matryoshka_CE_Loss,
-    MRL_Linear_Layer,
-    check_nesting_list,
-    classifier,
-    command_line,
-    default_nesting_list,
-    device_named,
-    number,
-    write_json,
-)
+from MRL import FixedFeatureLayer, Matryoshka_CE_Loss, MRL_Linear_Layer
+from mrl_files import InputError, command_line, device_named, number, write_json
+from mrl_models import check_nesting_list, classifier, default_nesting_list
 
 ROWS = 4096                                # evaluated at a time
 

@@ -10,7 +10,8 @@ from image_set import make_loader
 from plans import Plan, model_of, opened_set, origin, planned, show_skipped
 from saved_files import accuracy_path, check_free, outputs_path, save_tensor, table_stem
 
-from MRL import model_name, write_json
+from mrl_files import write_json
+from mrl_models import model_name
 
 SAVED = ("logits", "softmax", "gt", "predictions")
 

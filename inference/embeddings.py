@@ -9,7 +9,7 @@ from image_set import some
 from plans import Plan, model_of, opened_set, origin, planned, show_skipped
 from saved_files import arrays_stem
 
-from MRL import InputError
+from mrl_files import InputError
 
 
 def embed(args, device):

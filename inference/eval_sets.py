@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from image_set import ImageSet, some
 
-from MRL import InputError
+from mrl_files import InputError
 
 HERE = Path(__file__).resolve().parent
 SYNSETS, SYNSETS_4K = "imagenet_synsets.txt", "imagenet4k_synsets.txt"

@@ -7,7 +7,8 @@ import time
 import torch
 from tqdm import tqdm
 
-from MRL import InputError, autocast, count, stack_logits
+from mrl_files import InputError
+from mrl_models import autocast, count, stack_logits
 
 
 def all_sizes(model, x, tta=False):

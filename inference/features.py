@@ -17,18 +17,8 @@ from image_set import make_loader, some
 from saved_files import check_free
 from tqdm import tqdm
 
-from MRL import (
-    InputError,
-    allocate,
-    autocast,
-    classifier,
-    json_says,
-    locked,
-    read_array,
-    read_json,
-    replacing,
-    write_json,
-)
+from mrl_files import InputError, allocate, json_says, locked, read_array, read_json, replacing, write_json
+from mrl_models import autocast, classifier
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 TODO, DONE, UNREADABLE = 0, 1, 2            # what the byte of an image says

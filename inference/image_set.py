@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from MRL import MEAN, STD, InputError, reason
+from mrl_files import InputError, reason
+from mrl_images import image_names, read_rgb
+from mrl_models import MEAN, STD
 
 
 class ImageSet(Dataset):
@@ -65,28 +65,6 @@ class ImageSet(Dataset):
         except Exception as error:
             return f"{self.path(i)} ({reason(error)})"
         return f"{self.path(i)} (readable now)"
-
-
-def read_rgb(path):
-    """-> the image as RGB; grey, palette and CMYK files are converted."""
-    with Image.open(path) as image:
-        if image.mode.startswith("I"):            # grey of 16 bits, which convert() cuts off at 255
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        return image.convert("RGB")
-
-
-def image_names(folder, class_name):
-    """-> the image files of one class folder, relative to it, in ImageFolder's order: bytes [n].
-
-    OSError for a folder that may not be read; torchvision's make_dataset would pass over its images.
-    """
-    def stop(error):
-        raise error
-
-    top = os.path.join(folder, class_name)
-    found = [os.path.join(base, name) for base, _, names in sorted(os.walk(top, onerror=stop, followlinks=True))
-             for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS)]
-    return np.array([os.fsencode(path[len(top) + 1:]) for path in found], dtype=bytes)
 
 
 class Preparation(transforms.Compose):

@@ -4,7 +4,7 @@ from itertools import pairwise
 import torch
 from tqdm import tqdm
 
-from MRL import InputError
+from mrl_files import InputError
 
 QUERIES, DATABASE = 4096, 16384            # rows multiplied at a time
 

@@ -10,7 +10,8 @@ from features import rank
 from image_set import ImageSet, Preparation, some
 from saved_files import fingerprint
 
-from MRL import InputError, load_model
+from mrl_files import InputError
+from mrl_models import load_model
 
 
 class Plan(NamedTuple):

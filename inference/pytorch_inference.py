@@ -21,7 +21,8 @@ from embeddings import embed
 from eval_sets import CLASSIFICATION, RETRIEVAL
 from features import DTYPES
 
-from MRL import InputError, check_nesting_list, command_line, device_named, leave_group, number
+from mrl_files import InputError, command_line, device_named, leave_group, number
+from mrl_models import check_nesting_list
 
 positive = number(int, 1)
 

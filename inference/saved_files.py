@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from MRL import InputError, model_name, read_embeddings, read_json, read_labels, replacing, write_json
+from mrl_files import InputError, read_embeddings, read_json, read_labels, replacing, write_json
+from mrl_models import model_name
 
 
 def outputs_path(folder, spec, dataset, tta, what):

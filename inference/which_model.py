@@ -7,16 +7,9 @@ pytorch_inference.py and baselines.py.
 import re
 from pathlib import Path
 
-from MRL import (
-    NESTING_LIST,
-    InputError,
-    Unsettled,
-    default_nesting_list,
-    feature_width,
-    load_model,
-    read_params,
-    read_state_dict,
-)
+from MRL import NESTING_LIST
+from mrl_files import InputError
+from mrl_models import Unsettled, default_nesting_list, feature_width, load_model, read_params, read_state_dict
 
 FLAGS = {"arch": "--arch", "head": "--mrl, --efficient or --rep_size", "nesting_list": "--nesting_list",
          "old_ckpt": "--old_ckpt"}      # what sets load_model's arguments

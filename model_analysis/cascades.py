@@ -14,7 +14,7 @@ import json
 import numpy as np
 import outputs
 
-from MRL import InputError, command_line, number, write_json
+from mrl_files import InputError, command_line, number, write_json
 
 GRID = np.linspace(0.1, 1.0, 100)          # the thresholds that are tried: the original's
 HEADS = ("mrl", "mrl_e")

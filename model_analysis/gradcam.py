@@ -1,6 +1,6 @@
 """Where a model looks, for each representation size of one checkpoint (Grad-CAM, arXiv 1610.02391; the paper's Fig. 9).
 
-    model = load_model("<run>/final_weights.pt")                     # MRL, MRL-E or fixed feature; MRL.load_model
+    model = load_model("<run>/final_weights.pt")                     # any head; mrl_models.load_model
     maps, logits = gradcam.explain(model, gradcam.image_paths("<val>/n01744401"))
 
 All sizes share one forward pass; each has a backward pass of its own, from its head to the last layer with maps.
@@ -18,7 +18,8 @@ from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from MRL import MEAN, STD, InputError, reason, stack_logits
+from mrl_files import InputError, reason
+from mrl_models import MEAN, STD, stack_logits
 
 BATCH = 16
 

@@ -8,7 +8,7 @@ from itertools import groupby
 
 import numpy as np
 
-from MRL import InputError
+from mrl_files import InputError
 
 BEHAVIOURS = ["monotone", "improves, then dips", "declines first", "flat", "no clear trend"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from MRL import InputError, exact_labels, read_json, reason
+from mrl_files import InputError, exact_labels, read_json, reason
 
 # The first is what this repository writes (the original's script left `_ff=` out and some of its notebooks wrote 1 for
 # True); the second is what the original's oracle, superclass and Grad-CAM notebooks ask for: sh (single head) is MRL-E.

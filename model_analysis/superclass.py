@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from MRL import InputError
+from mrl_files import InputError
 
 HIERARCHY = Path(__file__).with_name("imagenet1k_hierarchy.tsv")
 

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pandas as pd
 
-from MRL import InputError
+from mrl_files import InputError
 
 KS = (10, 25, 50, 100)      # the original's
 QUERIES = 4096      # at a time: bounds the memory whatever the number of queries

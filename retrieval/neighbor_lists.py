@@ -16,7 +16,7 @@ import pandas as pd
 from arrays import fits, record_file, recorded
 from tqdm import tqdm
 
-from MRL import InputError, allocate, read_array, read_json, write_json
+from mrl_files import InputError, allocate, read_array, read_json, write_json
 
 
 class Recipe(NamedTuple):

@@ -20,7 +20,7 @@ from arrays import fits, recorded
 from faiss_kernels import faiss
 from tqdm import tqdm
 
-from MRL import InputError
+from mrl_files import InputError
 
 INDEXES = {"exactl2": None, "hnsw32": 32, "hnsw8": 8}      # the graph's links per vector and level; None: no graph
 EF_SEARCH = 64                # candidates a graph search keeps, at least; at least k in any case

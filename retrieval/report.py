@@ -17,7 +17,7 @@ from metrics import KS
 from neighbors import NoDirectionError
 from stages import all_sizes, open_data, open_labels, reranked, score, searched_at_least
 
-from MRL import InputError, replacing
+from mrl_files import InputError, replacing
 
 PAPER = Path(__file__).with_name("paper_curves.csv")
 IMAGENET_CLASSES = {"1K": 1000, "4K": 4202}

@@ -13,7 +13,7 @@ import numba
 import numpy as np
 from tqdm import tqdm
 
-from MRL import InputError
+from mrl_files import InputError
 
 PAIRS = 2 ** 20           # (query, candidate) pairs at a time
 COPIED_PAIRS = 2 ** 14    # the same for float16 databases, whose rows are converted: 128 MiB of 2,048-d float32

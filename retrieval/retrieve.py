@@ -20,7 +20,7 @@ from neighbors import INDEXES
 from report import in_per_cent, report, report_file, single_shot, write_table
 from stages import Task, reranked, score, scores, searched, serving_index
 
-from MRL import command_line, number
+from mrl_files import command_line, number
 
 COUNT = number(int, 1)
 

@@ -10,7 +10,7 @@ import numpy as np
 from faiss_kernels import faiss
 from neighbors import EF_SEARCH, build, check_sizes, new_index, read_index, unit
 
-from MRL import InputError
+from mrl_files import InputError
 
 K = 10      # neighbours for which an index re-ranks as many candidates as it was told: 2 K asked for, twice as many
 

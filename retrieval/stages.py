@@ -28,7 +28,8 @@ from metrics import KS, mflops_per_query, milliseconds, retrieval_metrics
 from neighbor_lists import Recipe, list_file, list_files, parse_list_file, read_list, write_list
 from rerank import check_funnel, funnel
 
-from MRL import InputError, default_nesting_list, locked, read_embeddings, read_json, read_labels
+from mrl_files import InputError, locked, read_embeddings, read_json, read_labels
+from mrl_models import default_nesting_list
 
 SEARCH_QUERIES = 8192             # a chunk of a search: what an interruption can lose
 RERANK_CANDIDATES = 2 ** 24       # a chunk of a re-ranking: each chunk goes through the database file once

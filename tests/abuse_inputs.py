@@ -27,7 +27,7 @@ from image_trees import make_run, make_tree
 from PIL import Image
 from test_outputs import save as save_output
 
-from MRL import build_model
+from mrl_models import build_model
 
 NET = "shufflenet_v2_x0_5"      # the smallest of torchvision's networks
 DIGITS = [str(i) for i in range(10)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from MRL import MEAN, STD, build_model
+from mrl_models import MEAN, STD, build_model
 
 SIZE = 8
 

@@ -13,7 +13,7 @@ from arrays import (
     recorded,
 )
 
-from MRL import InputError
+from mrl_files import InputError
 
 
 @pytest.fixture

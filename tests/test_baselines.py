@@ -10,7 +10,8 @@ from saved_files import fingerprint
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestCentroid
 
-from MRL import InputError, load_model
+from mrl_files import InputError
+from mrl_models import load_model
 
 
 def clusters(n, seed, spread=1.2):

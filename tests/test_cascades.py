@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from MRL import NESTING_LIST, InputError
+from MRL import NESTING_LIST
+from mrl_files import InputError
 
 
 def golden_world():

@@ -5,7 +5,7 @@ import checkpoint
 import pytest
 import torch
 
-from MRL import InputError
+from mrl_files import InputError
 
 SETTINGS = {"model": {"mrl": 1}, "training": {"epochs": 3}, "data": {"num_workers": 2}}
 STATE = {"epoch": 1, "model": {"w": torch.arange(1000.)}}

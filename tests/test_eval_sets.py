@@ -10,7 +10,7 @@ from evaluate import evaluate
 from image_set import Preparation, make_loader
 from image_trees import SIZE, ColourReader, make_tree
 
-from MRL import InputError
+from mrl_files import InputError
 
 IMAGENET = synsets("imagenet_synsets.txt")
 A, R = synsets("imagenet_a_synsets.txt"), synsets("imagenet_r_synsets.txt")

@@ -5,7 +5,8 @@ from evaluate import Outputs, all_sizes, evaluate
 from image_set import ImageSet, Preparation, make_loader
 from image_trees import SIZE, ColourReader, make_tree, write_image
 
-from MRL import InputError, build_model
+from mrl_files import InputError
+from mrl_models import build_model
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,8 @@ from features import Files, dump, embedder, noted
 from image_set import ImageSet, Preparation
 from image_trees import SIZE, ColourReader, make_tree
 
-from MRL import InputError, build_model
+from mrl_files import InputError
+from mrl_models import build_model
 
 CPU = torch.device("cpu")
 ABOUT = {"checkpoint": "0f", "nesting_list": [2, 4], "dataset": "4K", "split": "val"}

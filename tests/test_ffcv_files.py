@@ -3,7 +3,7 @@ import pytest
 from ffcv.reader import Reader
 from ffcv_files import check_file
 
-from MRL import InputError
+from mrl_files import InputError
 
 
 def test_files_that_are_refused(ffcv_folder, tmp_path):

@@ -8,7 +8,8 @@ from captum.attr import LayerGradCam
 from conftest import fill
 from PIL import Image
 
-from MRL import InputError, build_model, load_model
+from mrl_files import InputError
+from mrl_models import build_model, load_model
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from image_trees import make_run, make_tree
 from PIL import Image
 from pytorch_inference import arguments
 
-from MRL import InputError, build_model, load_model
+from mrl_files import InputError
+from mrl_models import build_model, load_model
 
 SMALL = ["--resize", "8", "--crop", "8", "--workers", "0", "--batch_size", "64", "--device", "cpu"]
 DIGITS = [str(i) for i in range(10)]

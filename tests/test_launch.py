@@ -7,7 +7,7 @@ import launch
 import pytest
 from conftest import free_port
 
-from MRL import InputError
+from mrl_files import InputError
 
 
 def settings():

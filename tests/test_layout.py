@@ -8,6 +8,7 @@ from conftest import ROOT
 FOLDERS = ("train", "inference", "retrieval", "model_analysis", "imagenet-4k", "demo", "benchmarks")
 MODULES = {folder: {path.stem for path in (ROOT / folder).glob("*.py")} for folder in FOLDERS}
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
+SHARED = sorted(ROOT.glob("*.py"))
 STAGES = [path for path in FILES if path.parent.name != "benchmarks"]      # a benchmark measures the folder it imports
 
 
@@ -36,5 +37,11 @@ def test_module_names_are_unique():
 
 
 def test_every_module_says_what_it_is_for():
-    for path in [ROOT / "MRL.py", *FILES]:
+    for path in [*SHARED, *FILES]:
         assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
+
+
+def test_the_method_stands_alone():
+    """MRL.py is copied into other projects: it needs PyTorch and nothing of ours."""
+    assert {module.split(".")[0] for module, _ in imports(ROOT / "MRL.py")} == {"itertools", "torch"}
+    assert len((ROOT / "MRL.py").read_text().splitlines()) <= 130

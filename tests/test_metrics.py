@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from metrics import mflops_per_query, milliseconds, retrieval_metrics
 
-from MRL import InputError
+from mrl_files import InputError
 
 
 def hits_of(*rows):

@@ -4,7 +4,7 @@ import pytest
 from arrays import record_file
 from neighbor_lists import Recipe, list_file, list_files, parse_list_file, read_list, write_list
 
-from MRL import InputError, read_json, write_json
+from mrl_files import InputError, read_json, write_json
 
 RECIPES = {
     Recipe("exactl2", 16, 2048): "neighbors/mrl/exactl2_16dim_2048shortlist_1K.npy",

@@ -9,7 +9,7 @@ import torch
 from neighbors import search, searcher, torch_products, unit
 from retrieval_world import assert_nearest, distances
 
-from MRL import InputError
+from mrl_files import InputError
 
 SHAPES = [tuple(np.random.default_rng(seed).integers((30, 1, 3), (900, 50, 70))) for seed in range(6)]
 

@@ -4,7 +4,8 @@ import oracle
 import pytest
 from test_cascades import golden_world
 
-from MRL import NESTING_LIST, InputError
+from MRL import NESTING_LIST
+from mrl_files import InputError
 
 
 def test_golden_oracle(golden):

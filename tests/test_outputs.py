@@ -7,7 +7,7 @@ import pytest
 import pytorch_inference
 import torch
 
-from MRL import InputError
+from mrl_files import InputError
 
 G, N, C = 3, 20, 7
 MRL_V1 = "mrl=True_efficient=False_ff=32_dataset=V1_tta=True"

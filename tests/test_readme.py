@@ -9,7 +9,8 @@ from image_set import Preparation
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from MRL import NESTING_LIST, build_model
+from MRL import NESTING_LIST
+from mrl_models import build_model
 
 DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")})
 SCRIPTS = {path.name: path for folder in ("train", "inference", "retrieval", "model_analysis", "imagenet-4k", "demo",

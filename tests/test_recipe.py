@@ -18,7 +18,8 @@ from recipe import (
     train_mode,
 )
 
-from MRL import InputError, build_model
+from mrl_files import InputError
+from mrl_models import build_model
 
 
 def settings(**model):

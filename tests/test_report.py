@@ -8,7 +8,7 @@ from metrics import mflops_per_query
 from report import PAPER, draw_costs, draw_sizes, in_per_cent, paper_table, recipes, report
 from stages import Task
 
-from MRL import InputError
+from mrl_files import InputError
 
 SIZES = [8, 16, 32, 64, 128, 256, 512, 1024, 2048]
 

@@ -6,7 +6,7 @@ from metrics import retrieval_metrics
 from rerank import funnel, in_row_order, largest_first, rerank
 from retrieval_world import assert_nearest, distances
 
-from MRL import InputError
+from mrl_files import InputError
 
 FUNNEL = [16, 32, 64, 128, 256], [200, 100, 50, 25, 10]
 

@@ -14,7 +14,7 @@ import pytest
 import train_imagenet
 from conftest import ROOT, free_port
 
-from MRL import InputError
+from mrl_files import InputError
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from saved_files import (
     save_tensor,
 )
 
-from MRL import InputError
+from mrl_files import InputError
 
 MRL = {"head": "mrl", "nesting_list": [8, 2048]}
 MRL_E = {"head": "mrl_e", "nesting_list": [8, 2048]}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import schedules
 
-from MRL import InputError
+from mrl_files import InputError
 
 
 def lr(**changes):

@@ -6,7 +6,7 @@ from neighbors import INDEXES, search
 from retrieval_world import assert_nearest
 from serving import adaptive_index, adaptive_search, read_adaptive_index
 
-from MRL import InputError
+from mrl_files import InputError
 
 
 @pytest.fixture(scope="module")

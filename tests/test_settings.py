@@ -7,7 +7,7 @@ from conftest import ROOT
 from settings import as_dict, read_settings
 from train_imagenet import CONFIG
 
-from MRL import InputError
+from mrl_files import InputError
 
 REQUIRED = ["--data.train_dataset=a", "--data.val_dataset=b", "--data.num_workers=1", "--data.in_memory=1",
             "--logging.folder=c"]

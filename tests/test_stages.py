@@ -22,7 +22,7 @@ from stages import (
     serving_index,
 )
 
-from MRL import InputError, read_json
+from mrl_files import InputError, read_json
 
 WORLD = retrieval_world.world(400, 30, 32)
 XB, YB, XQ, YQ = WORLD

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import superclass
 
-from MRL import InputError
+from mrl_files import InputError
 
 TABLE_24 = ("insect, terrier, protective covering, garment, vessel, furniture, motor vehicle, snake, sporting dog, "
             "hound, fish, wader, even-toed ungulate, machine, watercraft, monkey, nutriment, tool, vegetable, "

@@ -11,6 +11,8 @@ from conftest import free_port
 from torch.utils.data import DistributedSampler
 
 import MRL
+import mrl_files
+import mrl_models
 
 ORIGINAL = """train_imagenet.py --config-file rn50_configs/rn50_40_epochs.yaml {model}
     --data.train_dataset=$WRITE_DIR/train_500_0.50_90.ffcv --data.val_dataset=$WRITE_DIR/val_500_uncompressed.ffcv
@@ -51,7 +53,7 @@ def trained(tmp_path_factory, ffcv_folder, run):
 def test_the_readmes_commands(trained, kind, processes):
     done, folder = trained(kind, processes)
     assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.pt", "final_weights.pt", "log", "params.json"]
-    model = MRL.load_model(folder / "final_weights.pt")
+    model = mrl_models.load_model(folder / "final_weights.pt")
     assert model.spec["head"] == {"ff": "ff2048"}.get(kind, kind)
     (record,) = map(json.loads, (folder / "log").read_text().splitlines())
     sizes = [""] if kind == "ff" else [f"_{d}" for d in MRL.NESTING_LIST]
@@ -93,7 +95,7 @@ def test_two_processes_equal_one_that_accumulates(trained, ffcv_folder):
     _, folder = trained("mrl", 2)
     s = json.loads((folder / "params.json").read_text(), object_hook=lambda d: type("S", (), d))
     torch.manual_seed(0)
-    model = MRL.build_model("resnet50", "mrl", num_classes=3).to(memory_format=torch.channels_last)
+    model = mrl_models.build_model("resnet50", "mrl", num_classes=3).to(memory_format=torch.channels_last)
     optimizer, criterion = make_optimizer(model, s.settings.training), MRL.Matryoshka_CE_Loss(label_smoothing=0.1)
     halves = [train_loader(ffcv_folder / "train_500_0.50_90.ffcv", 8, 1, 1, 32, 0, "cpu", indices=half).epoch(0)
               for half in ordered_halves(60)]
@@ -111,7 +113,7 @@ def test_two_processes_equal_one_that_accumulates(trained, ffcv_folder):
                 for buffer, before in zip(model.buffers(), statistics, strict=True):
                     buffer.copy_(before)
         optimizer.step()
-    final = MRL.load_model(folder / "final_weights.pt").state_dict()
+    final = mrl_models.load_model(folder / "final_weights.pt").state_dict()
     for name, value in model.state_dict().items():
         scale = value.abs().max().clamp(min=1e-3) if value.is_floating_point() else 1
         assert ((final[name] - value).abs() / scale).max() < 2e-3, name
@@ -137,7 +139,7 @@ def test_weights_can_be_validated_alone(trained, ffcv_folder, run, tmp_path):
 @pytest.mark.parametrize("name", ["../../evil", "a/b", "/tmp", "..", "."])
 def test_a_runs_name_does_not_lead_out_of_its_folder(tmp_path, name):
     settings = SimpleNamespace(logging=SimpleNamespace(folder=str(tmp_path), name=name))
-    with pytest.raises(MRL.InputError, match=r"--logging\.name=.*--logging\.folder"):
+    with pytest.raises(mrl_files.InputError, match=r"--logging\.name=.*--logging\.folder"):
         train_imagenet.run_folder(settings)
     settings.logging.name = "..a run"
     assert train_imagenet.run_folder(settings) == tmp_path / "..a run"

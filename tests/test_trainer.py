@@ -11,14 +11,15 @@ from conftest import free_port
 from loaders import normalise
 from trainer import Trainer
 
-import MRL
+import mrl_files
+import mrl_models
 
 
 def test_103_images_on_1_2_and_3_processes(tmp_path, run):
     """The same counts and the same loss, though 103 divides by neither 2 nor 3 nor the batch."""
     ffcv = kill_and_resume.make_data(tmp_path, 103)
     torch.manual_seed(0)
-    model = MRL.build_model("resnet18", "mrl", num_classes=2, blurpool=False)
+    model = mrl_models.build_model("resnet18", "mrl", num_classes=2, blurpool=False)
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     records = []
     for processes in (1, 2, 3):
@@ -63,7 +64,7 @@ def test_any_torchvision_classifier_learns(make_trainer, tmp_path, arch, pixels,
     losses = [trainer.train_step(images, labels, 0.003).sum().item() for _ in range(3)]
     assert losses[-1] < losses[0]
     torch.save(trainer.model.state_dict(), tmp_path / "weights.pt")
-    loaded = MRL.load_model(tmp_path / "weights.pt", arch=arch, head="mrl", nesting_list=trainer.spec["nesting_list"])
+    loaded = mrl_models.load_model(tmp_path / "weights.pt", arch, "mrl", trainer.spec["nesting_list"])
     x = normalise(images[:1], trainer.mean, trainer.std)
     with torch.inference_mode():
         torch.testing.assert_close(loaded(x)[-1], trainer.model(x)[-1], rtol=1e-4, atol=1e-4)
@@ -105,7 +106,7 @@ def test_every_resolution_is_compiled(make_trainer, monkeypatch):
 def test_a_run_that_diverged_ends_before_it_is_saved(trainer):
     trainer.check_weights()
     trainer.model.fc.nesting_classifier_1.weight.data[0, 0] = float("inf")
-    with pytest.raises(MRL.InputError, match=r"epoch 1: weights are NaN or infinite.* lower --lr.lr"):
+    with pytest.raises(mrl_files.InputError, match=r"epoch 1: weights are NaN or infinite.* lower --lr.lr"):
         trainer.check_weights()
 
 

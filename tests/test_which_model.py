@@ -9,7 +9,9 @@ from evaluate import all_sizes
 from image_trees import make_run
 from which_model import load, released
 
-from MRL import NESTING_LIST, InputError, build_model
+from MRL import NESTING_LIST
+from mrl_files import InputError
+from mrl_models import build_model
 
 EVERY_SIZE = {"mrl": NESTING_LIST, "mrl_e": NESTING_LIST, "ff512": [512], "ff2048": [2048]}
 

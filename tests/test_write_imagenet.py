@@ -10,7 +10,7 @@ from conftest import ROOT, with_python
 from ffcv.fields.rgb_image import IMAGE_MODES
 from ffcv.reader import Reader
 
-from MRL import InputError
+from mrl_files import InputError
 
 ARGUMENTS = "write_imagenet.py --cfg.split=train --cfg.max_resolution=64 --cfg.num_workers=2"
 

@@ -1,7 +1,7 @@
 """The run folder: params.json, log, checkpoint.pt, final_weights.pt. Made by train_imagenet.py.
 
 params.json       settings, what build_model needs ("model"), versions, git revision, command, and the run's own number,
-                  which its checkpoints carry too. Read by MRL.load_model.
+                  which its checkpoints carry too. Read by mrl_models.load_model.
 log               one JSON object an epoch.
 checkpoint.pt     everything needed to go on; checkpoint_previous.pt is the one before, kept until the new is complete.
                   What stands there and is no checkpoint of this run becomes checkpoint_refused.pt.
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from MRL import InputError, locked, read_json, reason, replacing, write_json
+from mrl_files import InputError, locked, read_json, reason, replacing, write_json
 
 FORMAT = "MRL training checkpoint 1"
 CURRENT, PREVIOUS, REFUSED = "checkpoint.pt", "checkpoint_previous.pt", "checkpoint_refused.pt"

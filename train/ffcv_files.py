@@ -8,7 +8,7 @@ from ffcv.fields.rgb_image import IMAGE_MODES
 from ffcv.reader import Reader
 from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, HeaderType
 
-from MRL import InputError
+from mrl_files import InputError
 
 
 def check_file(path, num_classes):

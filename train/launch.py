@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from MRL import InputError, command_line, device_named, leave_group
+from mrl_files import InputError, command_line, device_named, leave_group
 
 FLAG = "--training.device"
 

@@ -18,7 +18,7 @@ from ffcv.reader import Reader
 from ffcv.transforms import ToDevice, ToTensor
 from seeded_crop import SeededCrop, image_keys
 
-from MRL import MEAN, STD
+from mrl_models import MEAN, STD
 
 VALIDATION_RATIO = 224 / 256           # the centre crop's share of the shorter side
 

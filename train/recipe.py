@@ -2,9 +2,9 @@
 import torch
 from torch import nn
 
-from MRL import (
-    InputError,
-    Matryoshka_CE_Loss,
+from MRL import Matryoshka_CE_Loss
+from mrl_files import InputError, reason
+from mrl_models import (
     build_from_spec,
     build_model,
     check_relative_importance,
@@ -13,7 +13,6 @@ from MRL import (
     feature_width,
     load_exactly,
     read_state_dict,
-    reason,
 )
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)

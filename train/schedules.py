@@ -1,7 +1,7 @@
 """Learning rate and image resolution as pure functions of the epoch. Used by trainer.py."""
 import numpy as np
 
-from MRL import InputError
+from mrl_files import InputError
 
 PEAK = 2        # epoch of the highest rate where none is given: the original's
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import yaml
 from fastargs.exceptions import MissingValueError
 
-from MRL import InputError, reason
+from mrl_files import InputError, reason
 
 
 def read_settings(config, description, defaults=None):

@@ -27,7 +27,7 @@ from seeded_crop import SCALE
 from settings import as_dict, looked_up, read_settings
 from trainer import Trainer
 
-from MRL import InputError, command_line
+from mrl_files import InputError, command_line
 
 SWITCH = And(int, OneOf([0, 1]))
 COUNT = And(int, InRange(min=1))

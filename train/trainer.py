@@ -15,7 +15,8 @@ from stopwatch import Stopwatch
 from torch import nn
 from tqdm import tqdm
 
-from MRL import InputError, autocast, count, reason, stack_logits
+from mrl_files import InputError, reason
+from mrl_models import autocast, count, stack_logits
 
 
 class Trainer:

@@ -25,7 +25,7 @@ from settings import read_settings
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, ImageFolder
 
-from MRL import InputError, command_line, reason, replacing
+from mrl_files import InputError, command_line, reason, replacing
 
 CONFIG = Config()
 Section("cfg", "what to write", CONFIG).params(

@@ -1,0 +1,328 @@
+"""Networks and their checkpoints: a classifier with a nested head by name, and what a saved file holds.
+
+    model = build_model("resnet50", head="mrl")                # one backbone, nine classifiers on nested prefixes
+    model = load_model("runs/<uuid>/final_weights.pt")         # eval mode; model.spec says what it is
+
+Letters used for shapes: N images, D features, C classes, G granularities (nested sizes).
+"""
+import math
+import operator
+import pickle
+import re
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from MRL import FixedFeatureLayer, MRL_Linear_Layer
+from mrl_files import InputError, read_json, reason
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # ImageNet's, of pixels in 0 ... 1
+
+
+class Unsettled(InputError):
+    """load_model cannot tell which model a file holds. argument: the load_model argument that would settle it, so that
+    commands can name their own flag for it."""
+
+    def __init__(self, problem, argument):
+        super().__init__(f"{problem}: give {argument}")
+        self.problem, self.argument = problem, argument
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+class BlurPool(nn.Module):
+    """A 3x3 binomial blur before a strided convolution (arXiv 1904.11486), as in FFCV's ResNets."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+        taps = torch.tensor([[1., 2., 1.], [2., 4., 2.], [1., 2., 1.]]) / 16
+        self.register_buffer("blur_filter", taps.repeat(conv.in_channels, 1, 1, 1))
+
+    def forward(self, x):
+        return self.conv(F.conv2d(x, self.blur_filter, padding=1, groups=self.conv.in_channels))
+
+
+def add_blurpool(model):
+    """Blur before every convolution with a stride above 1 and at least 16 input channels."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Conv2d) and max(child.stride) > 1 and child.in_channels >= 16:
+                setattr(module, name, BlurPool(child))
+
+
+def build_model(arch="resnet50", head="mrl", nesting_list=None, num_classes=1000, blurpool=True, pretrained=False):
+    """A torchvision classifier whose last linear layer is replaced by a nested (or fixed-feature) head.
+
+    head: "mrl", "mrl_e", or "ff<d>": a classifier on the first d features.
+    nesting_list: G sizes; None is 8, 16 ... up to the feature width. An "ff<d>" head has the one size d.
+    pretrained: torchvision's weights for the backbone (the new head is random).
+    -> module: images [N, 3, H, W] -> tuple of G [N, C] ("ff<d>": [N, C]). `model.spec` holds these arguments,
+    with nesting_list and feature_dim filled in. Raises InputError for what does not exist or fit.
+    """
+    model = torchvision_model(arch, pretrained)
+    if blurpool:
+        add_blurpool(model)
+    name, linear = classifier(model)
+    sizes = head_sizes(head, nesting_list, linear.in_features)
+    if head.startswith("ff"):
+        layer = FixedFeatureLayer(sizes[0], num_classes)
+    else:
+        layer = MRL_Linear_Layer(sizes, num_classes, efficient=head == "mrl_e")
+    model.set_submodule(name, layer)
+    model.spec = {"arch": arch, "head": head, "nesting_list": sizes, "num_classes": num_classes,
+                  "blurpool": bool(blurpool), "feature_dim": linear.in_features}
+    return model
+
+
+def torchvision_model(arch, pretrained=False):
+    with torch.device("cpu"):      # PyTorch 2.6 cannot import it while the default device is "meta"
+        from torchvision import models
+    if arch not in models.list_models(module=models):
+        raise InputError(f"unknown architecture {arch!r}: give the name of a torchvision classification model")
+    # The two networks with auxiliary classifiers are built without them: those heads would not be nested.
+    extra = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
+    return models.get_model(arch, weights="DEFAULT" if pretrained else None, **({} if pretrained else extra))
+
+
+def build_from_spec(spec, pretrained=False):
+    """A new model like the one whose `spec` it is."""
+    return build_model(**{key: value for key, value in spec.items() if key != "feature_dim"}, pretrained=pretrained)
+
+
+def feature_width(arch):
+    """-> D, how many features an architecture gives its classifier."""
+    with torch.device("meta"):      # costs nothing: only the shapes are needed
+        return classifier(torchvision_model(arch))[1].in_features
+
+
+def classifier(model):
+    """-> (name, module) of the classifier: our head if there is one, else the last linear layer."""
+    kinds = (MRL_Linear_Layer, FixedFeatureLayer)
+    modules = list(model.named_modules())
+    found = ([m for m in modules if isinstance(m[1], kinds)] or [m for m in modules if isinstance(m[1], nn.Linear)])
+    if not found:
+        raise InputError(f"{type(model).__name__} does not end in a linear classifier")
+    return found[-1]
+
+
+def head_sizes(head, nesting_list, width):
+    """-> the G representation sizes of a head on `width` features."""
+    if head in ("mrl", "mrl_e"):
+        sizes = check_nesting_list(default_nesting_list(width) if nesting_list is None else nesting_list)
+    elif match := re.fullmatch(r"ff([1-9]\d*)", head):
+        sizes = [int(match[1])]
+        if nesting_list not in (None, sizes):
+            raise InputError(f"head {head} has the one size {sizes[0]}, not nesting_list={list(nesting_list)}")
+    else:
+        raise InputError(f"unknown head {head!r}: mrl, mrl_e or ff<size>")
+    if sizes[-1] > width:
+        raise InputError(f"size {sizes[-1]} is more than the {width} features of the architecture")
+    return sizes
+
+
+def model_name(spec):
+    """The name that files carry: mrl1_e0_ff2048 (MRL), mrl1_e1_ff2048 (MRL-E), mrl0_e0_ff256 (FF-256)."""
+    nested, efficient = spec["head"].startswith("mrl"), spec["head"] == "mrl_e"
+    return f"mrl{nested:d}_e{efficient:d}_ff{spec['nesting_list'][-1]}"
+
+
+def check_nesting_list(nesting_list):
+    """-> the sizes as a list of ints, if they are positive and increasing."""
+    try:
+        sizes = [operator.index(d) for d in nesting_list]
+    except TypeError:
+        sizes = []
+    if not sizes or sizes[0] < 1 or any(a >= b for a, b in pairwise(sizes)):
+        raise InputError(f"nesting_list must hold increasing positive integers, got {nesting_list}")
+    return sizes
+
+
+def default_nesting_list(width, start=3):
+    """Powers of two from 2**start up to the feature width, the width itself last (2048, 3 -> 8 ... 2048)."""
+    if not 0 <= start <= math.log2(width):
+        raise InputError(f"nesting_start={start}: 2**{start} is not between 1 and the feature width {width}")
+    return [2 ** i for i in range(start, math.ceil(math.log2(width))) if 2 ** i < width] + [width]
+
+
+def check_relative_importance(weights):
+    weights = torch.as_tensor(weights, dtype=torch.float32)
+    if weights.dim() != 1 or not weights.isfinite().all() or (weights < 0).any() or not weights.any():
+        raise InputError(f"relative_importance must be a list of non-negative numbers, not all 0; "
+                         f"got {weights.tolist()}")
+    return weights
+
+
+# ------------------------------------------------------------------------------------------------ logits
+
+@contextmanager
+def float32_classifier(model):
+    """In the block, the head computes in float32 whatever autocast does around it: logits that are rounded to a half
+    tie, and the tie decides the ranking (0.3 % of top-1 in fp16, 1.8 % in bf16, on synthetic logits)."""
+    head = classifier(model)[1]
+    forward = head.forward
+
+    def in_float32(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(x.float())
+
+    head.forward = in_float32
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def stack_logits(output):
+    """What a model returns, a tuple of G [N, C] or (fixed features) one [N, C] -> [G, N, C]; [G, N, C] stays."""
+    if not torch.is_tensor(output):
+        return torch.stack(tuple(output))
+    return output if output.dim() == 3 else output[None]
+
+
+def count(logits, target):
+    """logits [G, N, C], target [N] -> [3, G] float64: sums over the images of top-1 hits, top-5 hits, cross-entropy."""
+    sizes, n, classes = logits.shape
+    hits = logits.topk(min(5, classes), dim=-1).indices == target[:, None]                # [G, N, 5]
+    loss = F.cross_entropy(logits.float().flatten(0, 1), target.repeat(sizes), reduction="none").view(sizes, n)
+    return torch.stack([hits[..., 0].sum(1), hits.any(-1).sum(1), loss.double().sum(1)])
+
+
+def autocast(device, precision):
+    """The context in which a network runs in fp32, fp16 or bf16."""
+    return torch.autocast(torch.device(device).type, {"fp16": torch.float16}.get(precision, torch.bfloat16),
+                          enabled=precision != "fp32")
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+def load_model(path, arch=None, head=None, nesting_list=None, old_ckpt=False):
+    """A trained model in eval mode, on the CPU.
+
+    What each argument leaves None is read from `params.json` beside the file, else from the shapes in the file;
+    what neither settles is an InputError that names the argument, and so is an argument that contradicts the file.
+    old_ckpt: the layout of the authors' released files (MRL-E keeps its matrix under fc.weight).
+    The file must hold exactly the model's keys and shapes; prefixes of DDP and torch.compile are removed.
+    """
+    state, known = read_state_dict(path), read_params(path)
+    given = {k: v for k, v in {"arch": arch, "head": head, "nesting_list": nesting_list}.items() if v is not None}
+    for key, value in given.items():
+        if key in known and known[key] != value:
+            raise InputError(f"{path}: {key}={value} was asked for, params.json beside it says {known[key]}")
+    if old_ckpt:
+        state = modern_keys(path, state, (known | given).get("head"))
+    spec = (known or shown_by_shapes(path, state, **given)) | given
+    with torch.device("meta"):      # before memory is taken for a model of any size
+        misfit = does_not_fit(blank_model(path, spec), state)
+    if misfit:
+        raise InputError(f"{path}: {misfit}") if known else Unsettled(f"{path}: {misfit}; for another network", "arch")
+    model = build_from_spec(spec)
+    load_exactly(model, state, path)
+    return model.eval()
+
+
+def blank_model(path, spec):
+    """build_from_spec for what a file and arguments say; an error names the file."""
+    try:
+        return build_from_spec(spec)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def read_params(path):
+    """-> build_model's arguments as the params.json beside a checkpoint has them; {} where there is none."""
+    params = Path(path).parent / "params.json"
+    content = read_json(params)
+    if content is None:
+        return {}
+    spec, kinds = content.get("model"), {"arch": str, "head": str, "nesting_list": list, "num_classes": int,
+                                         "blurpool": bool, "feature_dim": int}
+    if not isinstance(spec, dict) or not all(isinstance(v, kinds.get(k, ())) for k, v in spec.items()):
+        raise InputError(f"{params}: its \"model\" is not what build_model takes; "
+                         "repair it, or move the checkpoint elsewhere and give flags")
+    return spec
+
+
+def read_state_dict(path):
+    """-> the plain state dict in a file: unwrapped, without the prefixes of DDP and torch.compile."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    except pickle.UnpicklingError:
+        raise InputError(f"{path}: holds more than tensors (pickled code or modules are refused); "
+                         "save model.state_dict() instead") from None
+    except Exception as error:
+        raise InputError(f"{path}: not a PyTorch checkpoint, or truncated "
+                         f"({reason(error)})") from None
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not state or not all(isinstance(k, str) and dense(v) for k, v in state.items()):
+        raise InputError(f"{path}: holds no state dict")
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
+
+
+def dense(value):
+    """Is it a dense tensor that holds its numbers?"""
+    return torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta
+
+
+def modern_keys(path, state, head):
+    """The released MRL-E files name their one matrix as a plain classifier: rename it. The rest is unchanged."""
+    if head is None and "fc.weight" in state:
+        raise Unsettled(f"{path}: a released file with one matrix, MRL-E (mrl_e) or fixed features (ff<d>)", "head")
+    if head != "mrl_e":
+        return state
+    return {re.sub(r"^fc\.(weight|bias)$", r"fc.nesting_classifier_0.\1", key): v for key, v in state.items()}
+
+
+def shown_by_shapes(path, state, arch=None, head=None, nesting_list=None):
+    """build_model's arguments as far as keys and shapes show them; InputError where they do not."""
+    if arch is None:
+        raise Unsettled(f"{path}: no params.json beside it, and the architecture does not show in a file", "arch")
+    last = [v for v in state.values() if v.dim() == 2][-1:]
+    if not last:
+        raise InputError(f"{path}: holds no linear classifier")
+    nested = [v.shape[1] for k, v in state.items() if re.search(r"\.nesting_classifier_\d+\.weight$", k)]
+    of_one_size = head == "mrl" and nesting_list is not None and list(nesting_list) == nested
+    head_shown = "mrl" if len(nested) > 1 or of_one_size else "mrl_e" if nested else f"ff{last[0].shape[1]}"
+    if head is not None and head != head_shown:
+        problem = f"{path}: head={head} was asked for, the file holds {head_shown}"
+        if head == "mrl_e" and not nested:
+            raise Unsettled(f"{problem}; if it is a released MRL-E file", "old_ckpt")
+        raise InputError(problem)
+    if head_shown == "mrl":
+        if nesting_list is not None and list(nesting_list) != nested:
+            raise InputError(f"{path}: nesting_list={list(nesting_list)} was asked for, the file holds {nested}")
+        nesting_list = nested
+    elif head_shown == "mrl_e" and nesting_list is None:
+        raise Unsettled(f"{path}: the sizes of an MRL-E model do not show in a file", "nesting_list")
+    return {"arch": arch, "head": head_shown, "nesting_list": nesting_list, "num_classes": last[0].shape[0],
+            "blurpool": any(k.endswith("blur_filter") for k in state)}
+
+
+def does_not_fit(model, state):
+    """-> what is wrong, unless a state dict holds the model's keys and shapes, no more and no less; else None."""
+    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    found = {k: tuple(v.shape) for k, v in state.items()}
+    different = [f"{k}: {found.get(k, 'missing')} instead of {expected.get(k, 'nothing')}"
+                 for k in expected | found if found.get(k) != expected.get(k)]
+    if different:
+        more = f" and {len(different) - 1} more" if len(different) > 1 else ""
+        return f"does not fit {model.spec['arch']} with head {model.spec['head']} ({different[0]}{more})"
+    return None
+
+
+def load_exactly(model, state, path):
+    """Load a state dict that must fit, and hold only finite numbers."""
+    if misfit := does_not_fit(model, state):
+        raise InputError(f"{path}: {misfit}")
+    broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    if broken:
+        raise InputError(f"{path}: {broken[0]} holds NaN or infinite numbers ({len(broken)} such tensors)")
+    model.load_state_dict(state)

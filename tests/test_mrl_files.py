@@ -1,0 +1,139 @@
+"""py: whole files, locks, JSON, arrays."""
+import errno
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from mrl_files import (
+    InputError,
+    exact_labels,
+    json_says,
+    locked,
+    read_embeddings,
+    read_json,
+    read_labels,
+    replacing,
+    write_json,
+)
+
+
+def test_replacing_leaves_nothing_half_written(tmp_path):
+    target = tmp_path / "a.npy"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), replacing(target) as path:
+        path.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+    with replacing(target) as path:
+        path.write_text("new")
+    assert target.read_text() == "new" and list(tmp_path.iterdir()) == [target]
+
+
+# ---- files
+
+def test_locked_lets_one_in_at_a_time(tmp_path, capsys):
+    """The first one removes the lock's file while others wait for it: they take turns all the same."""
+    path, inside, most = tmp_path / "made/list.npy", [], []
+
+    def work():
+        with locked(path):
+            inside.append(None)
+            most.append(len(inside))
+            time.sleep(0.1)
+            inside.pop()
+
+    others = [threading.Thread(target=work) for _ in range(4)]
+    with locked(path):
+        with pytest.raises(InputError, match="in use"), locked(path, "in use"):
+            pass
+        for other in others:
+            other.start()
+        while capsys.readouterr().err.count("list.npy: waiting for the process that makes it\n") < 1:
+            time.sleep(0.01)
+        assert not most
+    for other in others:
+        other.join()
+    assert most == [1, 1, 1, 1] and not any(path.parent.iterdir())
+
+
+def test_locked_on_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    def none_here(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none_here)
+    with locked(tmp_path / "list.npy"):
+        assert "list.npy: no locks on this file system" in capsys.readouterr().err
+
+
+def test_json(tmp_path):
+    assert read_json(tmp_path / "a.json") is None
+    write_json(tmp_path / "a.json", {"sizes": [8, 16]})
+    assert read_json(tmp_path / "a.json") == {"sizes": [8, 16]}
+    assert json_says(tmp_path / "a.json", {"sizes": (8, 16)}) and json_says(tmp_path / "a.json", {})
+    assert not json_says(tmp_path / "a.json", {"sizes": [8]}) and not json_says(tmp_path / "b.json", {})
+    for content in (b"", b"{", b"\xff\xfe"):
+        (tmp_path / "a.json").write_bytes(content)
+        with pytest.raises(InputError, match=r"a.json: not a JSON file"):
+            read_json(tmp_path / "a.json")
+
+
+def test_embeddings_stay_on_disk(tmp_path):
+    np.save(tmp_path / "a-X.npy", np.ones((5, 4), np.float16))
+    X = read_embeddings(tmp_path / "a-X.npy")
+    assert isinstance(X, np.memmap) and X.shape == (5, 4) and X.dtype == np.float16
+
+
+@pytest.mark.parametrize("X, note, complaint", [
+    (np.zeros((5, 4)), {}, r"is float64 \[5, 4\]"), (np.zeros(5, np.float32), {}, r"is float32 \[5\]"),
+    (np.zeros((0, 4), np.float32), {}, r"\[0, 4\]"),
+    (np.ones((5, 4), np.float32), {"complete": False}, "unfinished"),
+    (np.ones((5, 4), np.float32), {"n": 6, "dim": 4}, r"is \[5, 4\], but a-X.json says \[6, 4\]")])
+def test_embeddings_that_are_not_whole_are_refused(tmp_path, X, note, complaint):
+    np.save(tmp_path / "a-X.npy", X)
+    (tmp_path / "a-X.json").write_text(json.dumps(note))
+    with pytest.raises(InputError, match=complaint):
+        read_embeddings(tmp_path / "a-X.npy")
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    np.save(tmp_path / "a-X.npy", np.ones((50, 4), np.float32))
+    whole = (tmp_path / "a-X.npy").read_bytes()
+    for length in (0, 40, len(whole) - 8):
+        (tmp_path / "a-X.npy").write_bytes(whole[:length])
+        with pytest.raises(InputError, match=r"not a complete .npy file"):
+            read_embeddings(tmp_path / "a-X.npy")
+
+
+@pytest.mark.parametrize("y", [np.arange(5), np.arange(5.0), np.arange(5, dtype=np.float16)[:, None],
+                               np.arange(5, dtype=np.uint16), np.array([4201, 0, 1, 2, 3], np.float32)])
+def test_labels_of_any_kind_are_read_exactly(tmp_path, y):
+    np.save(tmp_path / "y.npy", y)
+    labels = read_labels(tmp_path / "y.npy", 5)
+    assert labels.dtype == np.int64 and labels.tolist() == y.ravel().tolist()
+
+
+@pytest.mark.parametrize("y, complaint", [
+    (np.array([0, 1, 4201], np.float16)[:, None], "merged classes"), (np.array([0, 0.5, 1]), "whole numbers"),
+    (np.array([0, 1]), r"\[2\] labels do not fit 3 embeddings"), (np.zeros((3, 2)), r"\[3, 2\] labels do not fit")])
+def test_labels_that_are_not_certain_are_refused(tmp_path, y, complaint):
+    np.save(tmp_path / "y.npy", y)
+    with pytest.raises(InputError, match=complaint):
+        read_labels(tmp_path / "y.npy", 3)
+
+
+def test_labels_of_any_kind_are_exact_or_refused():
+    true = np.arange(4202)
+    for stored in (true, true.astype(np.float32), true.astype(np.uint16)):
+        labels = exact_labels(stored, "y.npy")
+        assert labels.dtype == np.int64 and labels.tolist() == true.tolist()
+    assert exact_labels(np.arange(2048).astype(np.float16)[:, None], "y.npy").shape == (2048, 1)
+    merged = true.astype(np.float16)
+    assert (merged.astype(int) != true).sum() == 1103                   # what the original's format lost
+    with pytest.raises(InputError, match=r"y.npy: float16 labels up to 4200, .*merged classes"):
+        exact_labels(merged, "y.npy")
+    for wrong in (0.5, -1, np.nan, np.inf, "cat"):
+        with pytest.raises(InputError, match="whole numbers"):
+            exact_labels(np.array([0, wrong] if wrong != "cat" else ["cat"]), "y.npy")

@@ -9,7 +9,6 @@ import math
 import operator
 import pickle
 import re
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -125,6 +124,16 @@ def head_sizes(head, nesting_list, width):
     return sizes
 
 
+def check_image_size(model, pixels, flag):
+    """InputError, which names the flag, for a size that a model on the meta device does not take: some networks take
+    one size only (torchvision's ViTs: 224), others have a least size."""
+    try:
+        model.eval()(torch.empty(1, 3, pixels, pixels, device="meta"))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise InputError(f"--{flag}={pixels}: {model.spec['arch']} does not take images of this size: "
+                         f"{reason(error)}") from None
+
+
 def model_name(spec):
     """The name that files carry: mrl1_e0_ff2048 (MRL), mrl1_e1_ff2048 (MRL-E), mrl0_e0_ff256 (FF-256)."""
     nested, efficient = spec["head"].startswith("mrl"), spec["head"] == "mrl_e"
@@ -159,22 +168,22 @@ def check_relative_importance(weights):
 
 # ------------------------------------------------------------------------------------------------ logits
 
-@contextmanager
-def float32_classifier(model):
-    """In the block, the head computes in float32 whatever autocast does around it: logits that are rounded to a half
-    tie, and the tie decides the ranking (0.3 % of top-1 in fp16, 1.8 % in bf16, on synthetic logits)."""
+def classify_in_float32(model):
+    """From now on the head computes in float32 when it is in evaluation mode, whatever autocast does around it.
+
+    Logits that are rounded to a half tie, and the tie decides the ranking: 0.3 % of top-1 in fp16 and 1.8 % in bf16, on
+    synthetic logits. Once for all, not in a `with` block: torch.compile would compile the model anew for each block.
+    """
     head = classifier(model)[1]
     forward = head.forward
 
     def in_float32(x):
+        if head.training:
+            return forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return forward(x.float())
 
     head.forward = in_float32
-    try:
-        yield
-    finally:
-        del head.forward
 
 
 def stack_logits(output):
@@ -193,7 +202,11 @@ def count(logits, target):
 
 
 def autocast(device, precision):
-    """The context in which a network runs in fp32, fp16 or bf16."""
+    """The context in which a network runs in fp32, fp16 or bf16. fp32 is float32 all through: on a GPU, PyTorch's
+    default for convolutions is TF32, which has 10 bits of mantissa, not 23."""
+    if precision == "fp32":
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
     return torch.autocast(torch.device(device).type, {"fp16": torch.float16}.get(precision, torch.bfloat16),
                           enabled=precision != "fp32")
 

@@ -12,13 +12,14 @@ from sklearn.metrics import log_loss, top_k_accuracy_score
 import MRL
 from mrl_files import InputError
 from mrl_models import (
+    autocast,
     build_model,
     check_nesting_list,
     check_relative_importance,
     classifier,
+    classify_in_float32,
     count,
     default_nesting_list,
-    float32_classifier,
     load_model,
     model_name,
     stack_logits,
@@ -120,18 +121,27 @@ def test_weights_of_the_sizes_are_checked():
 
 @pytest.mark.parametrize("head", ["mrl", "mrl_e", "ff16"])
 def test_the_classifier_in_float32(head):
-    """Under autocast: float32 logits of the rounded features, and the head as before afterwards."""
-    model, x = tiny(head).eval(), torch.randn(2, 3, 32, 32)
-    layer = classifier(model)[1]
+    """Under autocast, in evaluation only: float32 logits of the rounded features; compiled once for all."""
+    model, x, graphs = tiny(head), torch.randn(2, 3, 32, 32), []
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        half = stack_logits(model(x))
-        with float32_classifier(model):
-            whole = stack_logits(model(x))
-            compiled = stack_logits(torch.compile(model, backend="eager")(x))
-    assert (half.dtype, whole.dtype) == (torch.bfloat16, torch.float32) and "forward" not in vars(layer)
+        half = stack_logits(model.eval()(x))
+        classify_in_float32(model)
+        whole, again = stack_logits(model(x)), [stack_logits(compiled(x)) for _ in range(2)][1]
+        training = stack_logits(model.train()(x))
+    assert (half.dtype, whole.dtype, training.dtype) == (torch.bfloat16, torch.float32, torch.bfloat16)
     torch.testing.assert_close(half.float(), whole, rtol=0.02, atol=0.02)
-    assert not torch.equal(half.float(), whole)
-    torch.testing.assert_close(compiled, whole)
+    torch.testing.assert_close(again, whole)
+    assert not torch.equal(half.float(), whole) and len(graphs) == 1
+
+
+def test_fp32_is_float32(monkeypatch):
+    """What PyTorch allows by default on a GPU, TF32 in convolutions, is not what fp32 says."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with autocast("cpu", "fp16"):
+        assert torch.backends.cudnn.allow_tf32
+    with autocast("cpu", "fp32"):
+        assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
 
 
 # ---- models

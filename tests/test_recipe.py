@@ -7,7 +7,7 @@ import schedules
 import torch
 from conftest import fill
 from recipe import (
-    check_resolutions,
+    check_images,
     freeze,
     load_backbone,
     make_criterion,
@@ -95,17 +95,22 @@ def test_momentum_begins_with_zeros_where_the_first_step_overflows():
     torch.testing.assert_close(layer.weight, before - 0.1)
 
 
-def test_networks_of_one_image_size():
-    def resolutions(train, val):
+def test_images_and_batches_of_sizes_that_networks_do_not_take():
+    def resolutions(train, val, batch=2):
         return SimpleNamespace(resolution=SimpleNamespace(min_res=train, max_res=train),
-                               validation=SimpleNamespace(resolution=val))
+                               validation=SimpleNamespace(resolution=val),
+                               training=SimpleNamespace(batch_size=batch))
     spec = model_spec(settings(arch="vit_b_16", mrl=1))
-    check_resolutions(resolutions(224, 224), spec)
+    check_images(resolutions(224, 224), spec)
     with pytest.raises(InputError, match=r"--resolution.min_res=160: vit_b_16 does not take .*Expected 224"):
-        check_resolutions(resolutions(160, 224), spec)
+        check_images(resolutions(160, 224), spec)
     with pytest.raises(InputError, match=r"--validation.resolution=256: vit_b_16"):
-        check_resolutions(resolutions(224, 256), spec)
-    check_resolutions(resolutions(160, 256), model_spec(settings(mrl=1)))
+        check_images(resolutions(224, 256), spec)
+    check_images(resolutions(160, 256), model_spec(settings(mrl=1)))
+    check_images(resolutions(64, 64, batch=1), model_spec(settings(arch="resnet18", mrl=1)))      # 2 x 2 values
+    with pytest.raises(InputError, match=r"--training.batch_size=1: is too small for resnet18 at 32 pixels"):
+        check_images(resolutions(32, 32, batch=1), model_spec(settings(arch="resnet18", mrl=1)))
+    check_images(resolutions(32, 32, batch=1), model_spec(settings(arch="convnext_tiny", mrl=1)))      # no BatchNorm
 
 
 def test_norms_by_type_finds_those_that_the_name_misses():

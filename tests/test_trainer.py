@@ -110,6 +110,26 @@ def test_a_run_that_diverged_ends_before_it_is_saved(trainer):
         trainer.check_weights()
 
 
+def test_a_run_that_diverged_in_fp16_ends_too(make_trainer, monkeypatch):
+    """GradScaler skips each step: the weights stay finite for ever. With BatchNorm its statistics show it, without the
+    scale does. (Real fp16 on the CPU.)"""
+    monkeypatch.setattr("trainer.autocast", lambda *_: torch.autocast("cpu", torch.float16))
+    real = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: real(device))
+    images, labels = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8), torch.tensor([[0], [1], [0], [1]])
+    for arch, said in (("resnet18", "running statistics are NaN"), ("convnext_tiny", "the gradients of the last 26")):
+        trainer = make_trainer(f"--model.arch={arch}", "--model.mrl=1")
+        trainer.train_step(images, labels, 0.01)
+        trainer.check_weights()
+        (trainer.model.conv1 if arch == "resnet18" else trainer.model.features[0][0]).weight.data *= 1e6
+        trainer.scaler.update(2.0 ** -9)      # as after 25 skipped steps
+        for _ in range(2):
+            trainer.train_step(images, labels, 0.01)
+        assert all(p.isfinite().all() for p in trainer.model.parameters())
+        with pytest.raises(mrl_files.InputError, match=f"epoch 1: {said}.*precision=bf16"):
+            trainer.check_weights()
+
+
 def test_tta_averages_the_mirrored_image(trainer):
     trainer.model = lambda images: images.mean((2, 3)) * torch.tensor([1., 0, 0]) + images[:, :, 0, 0]
     images = torch.rand(4, 3, 8, 8)

@@ -90,9 +90,10 @@ def save(folder, state):
 
 
 def save_weights(folder, state):
-    """Write final_weights.pt, whose being there says that the run is finished."""
+    """Write final_weights.pt, whose being there says that the run is finished. On the CPU: torch.load on a machine
+    without a GPU takes no tensor of one."""
     with replacing(folder / "final_weights.pt") as temporary:
-        write_through(state, temporary)
+        write_through({key: value.cpu() for key, value in state.items()}, temporary)
     sync_folder(folder)
 
 

@@ -10,6 +10,7 @@ import socket
 import sys
 import uuid
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ import torch.multiprocessing as mp
 from mrl_files import InputError, command_line, device_named, leave_group
 
 FLAG = "--training.device"
+# After one process has ended, the others get this many seconds to end too: PyTorch would end them at once, and say so.
+GRACE = {"grace_period": 60} if "grace_period" in signature(mp.ProcessContext.join).parameters else {}
 
 
 class StoppedTogether(SystemExit):
@@ -117,7 +120,7 @@ def spawn(worker, settings, *args):
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda s, _: [os.kill(p.pid, signal.SIGTERM) for p in context.processes if p.is_alive()])
     try:
-        while not context.join():
+        while not context.join(**GRACE):
             pass
     except mp.ProcessExitedException as stopped:
         if stopped.exit_code < 0:      # killed: it could not say why

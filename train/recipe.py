@@ -7,6 +7,7 @@ from mrl_files import InputError, reason
 from mrl_models import (
     build_from_spec,
     build_model,
+    check_image_size,
     check_relative_importance,
     classifier,
     default_nesting_list,
@@ -48,18 +49,26 @@ def model_spec(settings):
     return spec
 
 
-def check_resolutions(settings, spec):
-    """Some networks take images of one size only (torchvision's ViTs: 224), or of a least size."""
+def check_images(settings, spec):
+    """InputError for sizes of images, or of batches, that the network does not take."""
     sizes = {"resolution.min_res": settings.resolution.min_res, "resolution.max_res": settings.resolution.max_res,
              "validation.resolution": settings.validation.resolution}
     with torch.device("meta"):
-        model = build_from_spec(spec).eval()
+        model = build_from_spec(spec)
         for flag, pixels in sizes.items():
-            try:
-                model(torch.empty(1, 3, pixels, pixels))
-            except (AssertionError, RuntimeError, ValueError) as error:
-                raise InputError(f"--{flag}={pixels}: {spec['arch']} does not take images of this size: "
-                                 f"{reason(error)}") from None
+            check_image_size(model, pixels, flag)
+    check_batch_size(model, settings)
+
+
+def check_batch_size(model, settings):
+    """BatchNorm learns nothing from one value: a batch of one image whose last map is one pixel."""
+    batch, pixels = settings.training.batch_size, settings.resolution.min_res
+    train_mode(model)
+    try:
+        model(torch.empty(batch, 3, pixels, pixels, device="meta"))
+    except ValueError as error:
+        raise InputError(f"--training.batch_size={batch}: is too small for {model.spec['arch']} at {pixels} pixels: "
+                         f"{reason(error)}") from None
 
 
 def relative_importance(settings):
@@ -104,13 +113,12 @@ def train_mode(model):
         module.training = not own or any(p.requires_grad for p in own)
 
 
-def make_optimizer(model, training):
-    """SGD in two groups: norm parameters have their own weight decay (0)."""
+def make_optimizer(model, training, fused=False):
+    """SGD in two groups: norm parameters have their own weight decay (0). fused: one kernel, for a GPU."""
     norms = norm_parameters(model, training.norms_by_type)
     learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [{"params": [p for name, p in learning if name in norms], "weight_decay": training.bn_wd},
               {"params": [p for name, p in learning if name not in norms], "weight_decay": training.weight_decay}]
-    fused = next(model.parameters()).device.type == "cuda"
     optimizer = torch.optim.SGD(groups, lr=1.0, momentum=training.momentum, fused=fused)
     start_momentum(optimizer)
     return optimizer

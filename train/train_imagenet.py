@@ -22,7 +22,7 @@ from fastargs import Config, Param, Section
 from fastargs.validation import And, InRange, OneOf
 from ffcv_files import check_file
 from loaders import train_loader, val_loader
-from recipe import check_resolutions, make_model, model_spec
+from recipe import check_images, make_model, model_spec
 from seeded_crop import SCALE
 from settings import as_dict, looked_up, read_settings
 from trainer import Trainer
@@ -159,7 +159,7 @@ def check(settings, spec):
     if settings.dist.world_size > 1 and not settings.data.in_memory:
         raise InputError("--data.in_memory=0 with several processes: FFCV would hold nearly the whole file in each; "
                          "give 1: the file is mapped, and what does not fit in memory is read again")
-    check_resolutions(settings, spec)
+    check_images(settings, spec)
     images = check_file(settings.data.train_dataset, spec["num_classes"])
     check_file(settings.data.val_dataset, spec["num_classes"])
     batch = settings.training.batch_size * settings.dist.world_size

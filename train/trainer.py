@@ -16,7 +16,10 @@ from torch import nn
 from tqdm import tqdm
 
 from mrl_files import InputError, reason
-from mrl_models import autocast, count, stack_logits
+from mrl_models import autocast, classify_in_float32, count, stack_logits
+
+SKIPS = 26                           # steps in a row that fp16 may skip: a healthy run skips a few at its beginning
+LEAST_SCALE = 2.0 ** (16 - SKIPS)    # where the loss scale, 2**16 at first, is after so many
 
 
 class Trainer:
@@ -28,8 +31,9 @@ class Trainer:
         torch.manual_seed(settings.training.seed)
         torch.backends.cudnn.benchmark = True
         self.model = make_model(settings, spec, self.device)
+        classify_in_float32(self.model)
         self.criterion = make_criterion(settings).to(self.device)
-        self.optimizer = make_optimizer(self.model, settings.training)
+        self.optimizer = make_optimizer(self.model, settings.training, fused=self.device.type == "cuda")
         precision = settings.training.precision or ("fp16" if self.device.type == "cuda" else "fp32")
         self.autocast = autocast(self.device, precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
@@ -164,13 +168,28 @@ class Trainer:
         self.finish_epoch(record)
 
     def check_weights(self):
-        """A run that has diverged ends here, before it is saved over the last checkpoint that was of use."""
-        if all(p.isfinite().all() for p in self.model.parameters()):
-            return
-        if self.process.first:
-            raise InputError(f"epoch {self.epoch + 1}: weights are NaN or infinite. Begin anew with a lower --lr.lr or "
+        """A run that has diverged ends here, before it is saved over the last checkpoint that was of use.
+
+        All processes decide together: each has running statistics of its own, and one that ended alone would leave the
+        others waiting.
+        """
+        found = [what for what in collectives.gather(self.process, self.diverged()) if what]
+        if found and self.process.first:
+            raise InputError(f"epoch {self.epoch + 1}: {found[0]}. Begin anew with a lower --lr.lr or "
                              f"with --training.precision=bf16; the last checkpoint stays in {self.folder}")
-        collectives.wait(self.process)      # the first process reports the error for all
+        if found:
+            collectives.wait(self.process)      # the first process reports the error for all
+
+    def diverged(self):
+        """-> what is wrong in this process, or None. In fp16 GradScaler skips each step whose gradient is not finite:
+        the weights stay as they were, while running statistics become NaN and the scale shrinks with each skip."""
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            return "weights are NaN or infinite"
+        if not all(b.isfinite().all() for b in self.model.buffers()):
+            return "running statistics are NaN or infinite"
+        if self.scaler.get_scale() < LEAST_SCALE:
+            return f"the gradients of the last {SKIPS} steps and more are NaN or infinite"
+        return None
 
     def train_losses(self, steps):
         """-> the epoch's mean loss, and that of each size; over all processes."""
@@ -202,7 +221,8 @@ class Trainer:
         self.model.eval()
         sums = torch.zeros(3, len(self.spec["nesting_list"]), device=self.device, dtype=torch.float64)
         n = torch.zeros(1, device=self.device, dtype=torch.int64)
-        with torch.inference_mode(), self.autocast:
+        # no_grad, not inference_mode: FFCV makes its tensors here, and its own thread writes into them
+        with torch.no_grad(), self.autocast:
             for images, labels in self.bar(loader, "validation"):
                 sums += count(self.val_logits(normalise(images, self.mean, self.std)), labels.flatten())
                 n += len(images)

@@ -7,11 +7,11 @@ import eval_sets
 import torch
 from evaluate import Outputs, evaluate
 from image_set import make_loader
-from plans import Plan, model_of, opened_set, origin, planned, show_skipped
+from plans import Plan, is_nested, model_of, opened_set, origin, planned, show_skipped, warn
 from saved_files import accuracy_path, check_free, outputs_path, save_tensor, table_stem
 
 from mrl_files import write_json
-from mrl_models import model_name
+from mrl_models import classify_in_float32, model_name
 
 SAVED = ("logits", "softmax", "gt", "predictions")
 
@@ -32,6 +32,8 @@ def classify(args, device):
 
 
 def plan(path, spec, name, images, args):
+    if is_nested(spec) and args.rep_size not in (None, spec["nesting_list"][-1]):
+        warn(f"--rep_size {args.rep_size} does nothing here: {path} is evaluated at all its sizes")
     about = {**origin(path, spec, name, images, args), "num_classes": len(images.classes), "tta": args.tta,
              "precision": args.precision or "fp32"}
     files = {what: (outputs_path(args.output, spec, name, args.tta, what), companion(what, about, images))
@@ -49,7 +51,9 @@ def classify_one(plan, args, device):
     sizes, classes = len(about["nesting_list"]), len(images.classes)
     keep = Outputs(sizes, len(images), classes, list(plan.files)) if plan.files else None
     loader = make_loader(images, args.batch_size, args.workers, device.type == "cuda")
-    result = evaluate(model_of(plan, args), images, loader, device, tta=args.tta, precision=about["precision"],
+    model = model_of(plan, args)
+    classify_in_float32(model)
+    result = evaluate(model, images, loader, device, tta=args.tta, precision=about["precision"],
                       skip_bad_images=args.skip_bad_images, keep=keep)
     show_skipped(result["skipped"])
     run = {"model": model_name(plan.spec), "path": plan.path, **about, **result, "spec": plan.spec,

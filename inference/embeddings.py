@@ -6,7 +6,7 @@ from operator import attrgetter
 import eval_sets
 import features
 from image_set import some
-from plans import Plan, model_of, opened_set, origin, planned, show_skipped
+from plans import Plan, is_nested, model_of, opened_set, origin, planned, show_skipped
 from saved_files import arrays_stem
 
 from mrl_files import InputError
@@ -15,8 +15,6 @@ from mrl_files import InputError
 def embed(args, device):
     """Write the arrays of each checkpoint; under torchrun the processes share the images."""
     name, splits = eval_sets.lookup(eval_sets.RETRIEVAL, args.dataset or "1K")
-    if args.random_sample_dim and "train" not in splits:
-        raise InputError(f"--random_sample_dim: --dataset {name} has queries only, it searches 1K's database")
     images_for = cache(lambda num_classes: opened_splits(splits, num_classes, args))
     plans = features.together(planned, args, lambda path, spec: [
         plan(path, spec, name, split, images, device, args)
@@ -30,7 +28,8 @@ def opened_splits(splits, num_classes, args):
     opened = {split: opened_set(row, num_classes, args) for split, row in splits.items()}
     check_same_classes(opened)
     if args.random_sample_dim:
-        opened["train"].sample(args.random_sample_dim)
+        for images in opened.values():
+            images.sample(args.random_sample_dim)
     return opened
 
 
@@ -44,11 +43,17 @@ def check_same_classes(opened):
 
 def plan(path, spec, name, split, images, device, args):
     precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
-    about = features.noted({**origin(path, spec, name, images, args), "split": split}, precision,
+    kept = cut(spec, args.rep_size) if is_nested(spec) and args.rep_size else spec
+    about = features.noted({**origin(path, kept, name, images, args), "split": split}, precision,
                            args.storage or "fp32")
-    stem = arrays_stem(args.retrieval_array_path or ".", name, split, spec)
+    stem = arrays_stem(args.retrieval_array_path or ".", name, split, kept)
     features.check_dump(features.Files(stem), about, args.skip_bad_images, args.overwrite)
     return Plan(path, spec, images, about, {"arrays": (stem, about)})
+
+
+def cut(spec, size):
+    """-> a nested model's spec as if it ended at `size`: the first numbers of an embedding are one."""
+    return {**spec, "nesting_list": [d for d in spec["nesting_list"] if d < size] + [size]}
 
 
 def embed_one(plans, args, device):

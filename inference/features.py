@@ -41,7 +41,7 @@ def embedder(model):
 
 
 def dump(model, images, stem, about, device, *, batch_size, workers, skip_bad_images=False, overwrite=False):
-    """Write the embeddings of `images`, cut to the model's largest size, under `stem`.
+    """Write the embeddings of `images`, cut to the largest size that `about` names, under `stem`.
 
     model: an `embedder`, on the device. about: what the JSON says of their origin and kind, by `noted`; files that say
     otherwise are not overwritten. Under torchrun the processes share the batches (and need one disk).

@@ -3,8 +3,10 @@ and features.py.
 """
 import hashlib
 import os
+import re
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +93,20 @@ def leave_endings_to_the_first(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     report = sys.excepthook
     sys.excepthook = lambda kind, *rest: None if issubclass(kind, (ConnectionError, EOFError)) else report(kind, *rest)
+
+
+@contextmanager
+def dead_workers_named():
+    """One line for a worker that the system ended; PyTorch says so wherever the first process then is, in a batch or
+    between two."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search(r"DataLoader worker \(pid|unable to write to file </torch_", str(error)):
+            raise
+        raise InputError(f"a process that reads images was ended, most often because memory ran out ({reason(error)}): "
+                         "give fewer --workers or a smaller --batch_size; in a container more shared memory "
+                         "(docker: --shm-size), or --workers 0") from None
 
 
 def some(names):

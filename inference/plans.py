@@ -2,16 +2,18 @@
 
 classification.py and embeddings.py begin with it.
 """
+import sys
 from typing import NamedTuple
 
 import eval_sets
+import torch
 import which_model
 from features import rank
 from image_set import ImageSet, Preparation, some
 from saved_files import fingerprint
 
 from mrl_files import InputError
-from mrl_models import load_model
+from mrl_models import build_from_spec, check_image_size, load_model
 
 
 class Plan(NamedTuple):
@@ -26,9 +28,9 @@ class Plan(NamedTuple):
 def planned(args, plans_of):
     """-> all Plans: those of plans_of(path, spec) for each checkpoint, so that an error in the last one shows before
     hours of work on the first. Weights are not kept but read again later: those of all need not fit in memory."""
-    plans = [plan for path in dict.fromkeys(args.path) for plan in plans_of(path, checkpoint(path, args).spec)]
-    if args.nesting_list and not any(plan.spec["head"].startswith("mrl") for plan in plans):
-        raise InputError("--nesting_list has no meaning here: a fixed-feature model has one size")
+    plans = [plan for path in dict.fromkeys(args.path) for plan in plans_of(path, checked(path, args))]
+    if args.nesting_list and not any(is_nested(plan.spec) for plan in plans):
+        warn("--nesting_list does nothing here: a fixed-feature model has one size")
     says_of = {}
     for file, says in (pair for plan in plans for pair in plan.files.values()):
         if says_of.setdefault(file, says) != says:
@@ -37,8 +39,17 @@ def planned(args, plans_of):
     return plans
 
 
-def checkpoint(path, args):
-    return which_model.load(path, args.arch, args.mrl, args.efficient, args.rep_size, args.nesting_list, args.old_ckpt)
+def checked(path, args):
+    """-> the spec of a checkpoint whose weights can be read, and which takes images of this size."""
+    spec = which_model.load(path, args.arch, args.mrl, args.efficient, args.rep_size, args.nesting_list,
+                            args.old_ckpt).spec
+    with torch.device("meta"):
+        check_image_size(build_from_spec(spec), args.crop, "crop")
+    return spec
+
+
+def is_nested(spec):
+    return spec["head"].startswith("mrl")
 
 
 def model_of(plan, args):
@@ -61,6 +72,12 @@ def origin(path, spec, dataset, images, args):
     """-> what files remember of the checkpoint and the images they came from."""
     return {"checkpoint": fingerprint(path), "nesting_list": spec["nesting_list"], "dataset": dataset,
             "images": images.digest(), "resize": args.resize, "crop": args.crop}
+
+
+def warn(text):
+    """Once, whichever number of processes there are."""
+    if rank() == 0:
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def show_skipped(images):

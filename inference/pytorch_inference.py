@@ -20,6 +20,8 @@ from classification import SAVED, classify
 from embeddings import embed
 from eval_sets import CLASSIFICATION, RETRIEVAL
 from features import DTYPES
+from image_set import dead_workers_named
+from plans import warn
 
 from mrl_files import InputError, command_line, device_named, leave_group, number
 from mrl_models import check_nesting_list
@@ -49,7 +51,8 @@ def about_model(group):
     group.add_argument("--arch", help="torchvision architecture (default resnet50)")
     group.add_argument("--mrl", action="store_true", help="nested heads")
     group.add_argument("--efficient", action="store_true", help="MRL-E: one matrix for all sizes")
-    group.add_argument("--rep_size", type=positive, help="size of a fixed-feature model")
+    group.add_argument("--rep_size", type=positive, help="size of a fixed-feature model; of a nested model, how many "
+                                                              "numbers of each embedding are written")
     group.add_argument("--nesting_list", type=sizes, nargs="+", help="sizes of an MRL-E model (default 8 16 ... 2048)")
     group.add_argument("--old_ckpt", action="store_true", help="the authors' released files")
 
@@ -80,7 +83,7 @@ def about_accuracy(group):
 def about_embeddings(group):
     group.add_argument("--retrieval", action="store_true", help="write embeddings instead of classifying")
     group.add_argument("--retrieval_array_path", help="folder for the arrays (default: this one)")
-    group.add_argument("--random_sample_dim", type=positive, help="embed only so many random images of the database")
+    group.add_argument("--random_sample_dim", type=positive, help="embed only so many random images of each split")
     group.add_argument("--storage", choices=list(DTYPES), help="number format of the arrays (default fp32)")
 
 
@@ -92,10 +95,18 @@ def sizes(text):
 def start_device(args):
     """-> the device; under torchrun this process's own, after joining the group (gloo: only barriers are needed)."""
     if processes() == 1:
-        return device_named(args.device)
+        return make_current(device_named(args.device))
     gpus = torch.cuda.device_count() if args.device.startswith("cuda") else 0
-    device = device_named(f"cuda:{int(os.environ['LOCAL_RANK']) % gpus}" if gpus else args.device)
+    device = make_current(device_named(f"cuda:{int(os.environ['LOCAL_RANK']) % gpus}" if gpus else args.device))
     dist.init_process_group("gloo", timeout=timedelta(days=7))
+    return device
+
+
+def make_current(device):
+    """-> the device. Its GPU is now the process's own: the thread that pins batches asks for no other, it would go to
+    GPU 0."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -104,23 +115,25 @@ def processes():
     return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
 
 
-def check_flags(args):
-    """InputError for a flag that would do nothing."""
+def warn_of_idle_flags(args):
+    """A line on standard error for each flag that does nothing; the original ran on in silence."""
     idle = (("output", "tta", *(f"save_{what}" for what in SAVED)) if args.retrieval
             else ("retrieval_array_path", "random_sample_dim", "storage"))
     for flag in idle:
         if getattr(args, flag):
-            raise InputError(f"--{flag} has no meaning {'with' if args.retrieval else 'without'} --retrieval")
+            warn(f"--{flag} does nothing {'with' if args.retrieval else 'without'} --retrieval")
 
 
 def main():
     args = arguments()
-    check_flags(args)
-    args.output = args.output or "."
     if processes() > 1 and not args.retrieval:
         raise InputError("torchrun splits the images for --retrieval only; classification runs in one process")
     try:
-        (embed if args.retrieval else classify)(args, start_device(args))
+        device = start_device(args)
+        warn_of_idle_flags(args)
+        args.output = args.output or "."
+        with dead_workers_named():
+            (embed if args.retrieval else classify)(args, device)
     finally:
         leave_group()          # after an error too: over gloo nobody waits for the others
 

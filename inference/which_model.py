@@ -19,6 +19,7 @@ def load(path, arch=None, mrl=False, efficient=False, rep_size=None, nesting_lis
     """-> the model in eval mode. The arguments are the flags of pytorch_inference.py; model.spec tells what it is.
 
     nesting_list is of the nested models among those of a command: a fixed-feature model has one size, and shows it.
+    rep_size: of a fixed-feature model its size; of a nested one no more than its largest (embeddings are cut there).
     """
     given = {"arch": arch, "head": head_of_flags(mrl, efficient, rep_size), "nesting_list": nesting_list}
     bare = not read_params(path)
@@ -31,7 +32,7 @@ def load(path, arch=None, mrl=False, efficient=False, rep_size=None, nesting_lis
     except Unsettled as error:
         raise InputError(f"{error.problem}: give {FLAGS[error.argument]}") from None
     largest = model.spec["nesting_list"][-1]
-    if rep_size not in (None, largest):
+    if rep_size and rep_size > largest:
         raise InputError(f"{path}: --rep_size {rep_size} was asked for, the file holds sizes up to {largest}")
     return model
 

@@ -32,7 +32,7 @@ for words in json.loads(sys.argv[1]):
 # Lines that run only with a GPU, and not here.
 LEFT_OUT = {
     r"faiss\.knn_gpu|faiss\.StandardGpuResources": "FAISS built for GPUs: the wheel is not",
-    r"visible|sees no GPU|shows .* GPUs": "errors of machines without the GPUs asked for",
+    r"^raise InputError": "errors of machines without the GPUs asked for: tests of their own, as they need none",
 }
 
 
@@ -166,7 +166,7 @@ def test_embeddings_of_one_process_and_of_torchruns_two(rehearsal, evaluated):
     rehearsal.run("inference", "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
                   "pytorch_inference.py", *words)
     for name in ("1K_train", "1K_val"):
-        one, two = (np.load(next((rehearsal.folder / folder).glob(f"{name}*-X.npy"))) for folder in ("arrays", "arrays2"))
+        one, two = (np.load(next(rehearsal.folder.glob(f"{folder}/{name}*-X.npy"))) for folder in ("arrays", "arrays2"))
         np.testing.assert_allclose(one, two, rtol=0.02, atol=0.02)
 
 

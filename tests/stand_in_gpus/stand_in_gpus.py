@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils._device import _device_constructors
 
 GPUS = int(os.environ["STAND_IN_GPUS"])
 TORCH = str(Path(torch.__file__).parent)
@@ -111,9 +112,17 @@ for name, stand_in in {"is_available": is_available, "device_count": lambda: GPU
                        "max_memory_allocated": lambda *_: 123 << 20,
                        "get_device_name": lambda *_: "a GPU's stand-in"}.items():
     setattr(torch.cuda, name, stand_in)
+def for_data_loaders(stand_in, real):
+    """DataLoader's thread for pinned memory asks torch.accelerator; so does the compiler, which is told the truth."""
+    def asked(*args):
+        its = sys._getframe(1).f_code.co_filename.startswith(f"{TORCH}/utils/data")
+        return (stand_in if its else real)(*args)
+    return asked
+
+
 for name, stand_in in {"is_available": lambda: True, "current_accelerator": lambda *_: torch.device("cuda"),
                        "current_device_index": current_device, "set_device_index": set_device}.items():
-    setattr(torch.accelerator, name, stand_in)
+    setattr(torch.accelerator, name, for_data_loaders(stand_in, getattr(torch.accelerator, name)))
 
 
 # ---- tensors
@@ -127,7 +136,7 @@ def takes_device(make):
     return made
 
 
-torch.utils._device._device_constructors()      # what `with torch.device` looks for, listed while it is still itself
+_device_constructors()      # what `with torch.device` looks for, listed while it is still itself
 for name in ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "rand", "randn", "randint", "arange"):
     setattr(torch, name, takes_device(getattr(torch, name)))
 to = takes_device(torch.Tensor.to)
@@ -138,9 +147,10 @@ torch.Tensor.pin_memory = lambda self, *_: self.clone()
 # ---- half precision, several processes, the compiler
 
 def autocast(init):
-    def begun(self, device_type, dtype=None, **given):
+    def begun(self, device_type, dtype=None, enabled=True, cache_enabled=None):      # the compiler reads these names
         half = device_type == "cuda" and dtype == torch.float16
-        return init(self, "cpu" if device_type == "cuda" else device_type, torch.bfloat16 if half else dtype, **given)
+        init(self, "cpu" if device_type == "cuda" else device_type, torch.bfloat16 if half else dtype, enabled,
+             cache_enabled)
     return begun
 
 

@@ -6,6 +6,7 @@
 """
 import argparse
 import errno
+import fcntl
 import json
 import math
 import os
@@ -13,13 +14,13 @@ import re
 import signal
 import sys
 import time
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 
 
 class InputError(ValueError):
@@ -54,29 +55,49 @@ def locked(path, busy=None):
     """Hold an exclusive lock on `path` in the block. busy: error message for a second process; None: it waits."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    name = path.with_name(f".{path.name}.lock")
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
+        file = take(name, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         if busy:
             raise InputError(busy) from None
         print(f"{path.name}: waiting for the process that makes it", file=sys.stderr)
-        lock.acquire()
+        file = take(name, fcntl.LOCK_EX)
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):      # some network file systems
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):      # some network file systems
             raise
         print(f"{path}: no locks on this file system; start one command at a time", file=sys.stderr)
+        file = None
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)     # one who waits for it makes a new one
-        lock.release()
+        name.unlink(missing_ok=True)                 # while it is held: nobody else's is removed
+        if file:
+            fcntl.flock(file, fcntl.LOCK_UN)         # a forked worker may still hold the file open
+            file.close()
+
+
+def take(name, how):
+    """-> the open file `name`, locked. Its last holder removed it, so one who waited for it holds what has no name any
+    more and guards nothing: then again, with the file that is there now."""
+    while True:
+        file = open(name, "wb")
+        try:
+            fcntl.flock(file, how)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(name)):
+                return file
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            file.close()
+            raise
+        file.close()
 
 
 def read_json(path):
     """-> the dictionary in a JSON file; None where there is no file."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError):
@@ -94,7 +115,7 @@ def json_says(path, wanted):
 
 def write_json(path, content):
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def read_array(path, mode="r"):
@@ -105,7 +126,8 @@ def read_array(path, mode="r"):
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a complete .npy file of numbers ({reason(error)})") from None
+        why = foreign(path) if "magic" in str(error) else reason(error)
+        raise InputError(f"{path}: not a complete .npy file of numbers ({why or reason(error)})") from None
 
 
 def allocate(path, shape, dtype):
@@ -161,6 +183,59 @@ def exact_labels(y, path):
     return y.astype(np.int64)
 
 
+# What people have in a file's place: how it begins, what it is and what to do.
+AGAIN = "download the file itself again"
+FOREIGN = {
+    rb"(?s).{4}\0{4}\{": "a safetensors file: read it with safetensors.torch.load_file and save that with torch.save",
+    rb"version https://git-lfs": f"a git-LFS pointer, not the file: run git lfs pull in its repository, or {AGAIN}",
+    rb"(\xef\xbb\xbf)?\s*<[!?A-Za-z]": f"a web page (HTML or XML): {AGAIN}",
+    rb"\s*\{": f"a JSON text: if it is what a server answered, {AGAIN}",
+    rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!": f"packed (gzip, xz, zstd ...): unpack it, or {AGAIN}",
+    rb"(?s).{257}ustar": f"a tar archive: unpack it, or {AGAIN}",
+    rb"(?s)\xff\xd8\xff|\x89PNG|GIF8|RIFF.{4}WEBP|II\*\0|MM\0\*": "an image",
+    rb"\x93NUMPY": "a NumPy array",
+    rb"\x89HDF": "an HDF5 file, not of PyTorch",
+    rb"\0{16}": f"zeros where a file begins, what an unfinished download or copy leaves: {AGAIN}",
+    rb"[\t\r\n -~]{4}": f"a text: {AGAIN}",
+}
+
+
+def foreign(path):
+    """-> what a file that could not be read is, by its first bytes, and what to do; None where they do not tell."""
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(512)
+    except OSError:
+        return None
+    if not begin:
+        return f"empty: {AGAIN}"
+    if begin.startswith(b"PK\3\4"):
+        return foreign_zip(path)
+    return next((what for pattern, what in FOREIGN.items() if re.match(pattern, begin)), None)
+
+
+def foreign_zip(path):
+    """The same of a zip archive, as PyTorch's checkpoints are."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError):
+        return f"cut off, a checkpoint or another zip archive: {AGAIN}"
+    if any(name.endswith("/constants.pkl") for name in names):
+        return "a TorchScript archive: save the model's state_dict() instead"
+    if not any(name.endswith("data.pkl") for name in names):
+        return f"a zip archive of {names[0] if names else 'nothing'} ...: unpack it, or {AGAIN}"
+    return None
+
+
+def file_path(text):
+    """A type for argparse: a path. ~ at its beginning is the user's home, which a shell leaves in `--folder=~/x`."""
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise argparse.ArgumentTypeError(f"there is no home folder {path.split('/')[0]} (./{text} names a file here)")
+    return path
+
+
 def number(kind, least, most=math.inf):
     """A type for argparse: an int or a float from `least` to `most`; NaN and infinity are neither."""
     def read(text):
@@ -199,6 +274,7 @@ def leave_group(together=True):
 def command_line(main):
     """Run a script's main. Bad input ends with one line and exit status 1, Ctrl-C with 130, SIGTERM with 143."""
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # so that temporary files are removed
+    sys.stdout.reconfigure(errors="backslashreplace")      # as stderr does: names of files that it cannot show
     complaint = what_stops(main)           # printed here, when the exception is gone and progress bars have ended
     if complaint == "interrupted":
         print(complaint, file=sys.stderr)
@@ -229,7 +305,7 @@ def flush_output():
     try:
         sys.stdout.flush()
     except OSError as error:
-        with open(os.devnull, "w") as nowhere:
+        with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())       # at its exit Python writes what is left once more
         raise InputError(f"standard output: {error.strerror}") from None
 

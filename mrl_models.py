@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from MRL import FixedFeatureLayer, MRL_Linear_Layer
-from mrl_files import InputError, read_json, reason
+from mrl_files import InputError, file_path, foreign, read_json, reason
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # ImageNet's, of pixels in 0 ... 1
 
@@ -85,7 +85,10 @@ def torchvision_model(arch, pretrained=False):
         raise InputError(f"unknown architecture {arch!r}: give the name of a torchvision classification model")
     # The two networks with auxiliary classifiers are built without them: those heads would not be nested.
     extra = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
-    return models.get_model(arch, weights="DEFAULT" if pretrained else None, **({} if pretrained else extra))
+    device = torch.empty(0).device
+    with torch.device("cpu" if arch.startswith("regnet") else device):      # RegNets compute their widths with tensors
+        model = models.get_model(arch, weights="DEFAULT" if pretrained else None, **({} if pretrained else extra))
+    return model.to(device)
 
 
 def build_from_spec(spec, pretrained=False):
@@ -219,7 +222,7 @@ def load_model(path, arch=None, head=None, nesting_list=None, old_ckpt=False):
     What each argument leaves None is read from `params.json` beside the file, else from the shapes in the file;
     what neither settles is an InputError that names the argument, and so is an argument that contradicts the file.
     old_ckpt: the layout of the authors' released files (MRL-E keeps its matrix under fc.weight).
-    The file must hold exactly the model's keys and shapes; prefixes of DDP and torch.compile are removed.
+    The file must hold exactly the model's keys and shapes, under whatever wrapper or prefix: see read_state_dict.
     """
     state, known = read_state_dict(path), read_params(path)
     given = {k: v for k, v in {"arch": arch, "head": head, "nesting_list": nesting_list}.items() if v is not None}
@@ -248,7 +251,7 @@ def blank_model(path, spec):
 
 def read_params(path):
     """-> build_model's arguments as the params.json beside a checkpoint has them; {} where there is none."""
-    params = Path(path).parent / "params.json"
+    params = Path(file_path(path)).parent / "params.json"
     content = read_json(params)
     if content is None:
         return {}
@@ -260,24 +263,67 @@ def read_params(path):
     return spec
 
 
+WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "network", "module", "ema", "model_ema", "state_dict_ema")
+
+
 def read_state_dict(path):
-    """-> the plain state dict in a file: unwrapped, without the prefixes of DDP and torch.compile."""
+    """-> the plain state dict in a file: unwrapped, without the prefixes of what the network stood in."""
+    path = file_path(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
-    except pickle.UnpicklingError:
-        raise InputError(f"{path}: holds more than tensors (pickled code or modules are refused); "
-                         "save model.state_dict() instead") from None
     except Exception as error:
-        raise InputError(f"{path}: not a PyTorch checkpoint, or truncated "
-                         f"({reason(error)})") from None
-    for wrapper in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not state or not all(isinstance(k, str) and dense(v) for k, v in state.items()):
-        raise InputError(f"{path}: holds no state dict")
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
+        raise InputError(f"{path}: {why_unread(path, error)}") from None
+    state = state_within(content)
+    if state is None:
+        raise InputError(f"{path}: holds no state dict, or none that can be told from others "
+                         f"({described(content)}); save model.state_dict() alone")
+    return without_prefixes(state)
+
+
+def why_unread(path, error):
+    """-> why torch.load refused a file."""
+    if what := foreign(path):
+        return f"is {what}"
+    if not isinstance(error, pickle.UnpicklingError) or "truncated" in str(error):
+        return f"not a PyTorch checkpoint, or truncated ({reason(error)})"
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return (f"holds more than tensors{f' ({named[1]})' if named else ''}: pickled code or modules are refused; "
+            "save model.state_dict() instead")
+
+
+def state_within(content):
+    """-> the state dict in what a file holds: itself, or under a name that is known, or the only one among the
+    entries; None where there is none or more."""
+    if not isinstance(content, dict) or is_state_dict(content):
+        return content if is_state_dict(content) else None
+    named = [state_within(content[name]) for name in WRAPPERS if name in content]
+    found = [state for state in named if state] or [value for value in content.values() if is_state_dict(value)]
+    return found[0] if any(named) or len(found) == 1 else None
+
+
+def is_state_dict(value):
+    return isinstance(value, dict) and bool(value) and all(isinstance(k, str) and dense(v) for k, v in value.items())
+
+
+def described(content):
+    """-> what a file holds, in a few words: for a dictionary, the keys of what is no tensor."""
+    if not isinstance(content, dict) or not content:
+        return f"a {type(content).__name__}" + " without entries" * (content == {})
+    entries = [str(key) for key, value in content.items() if not dense(value)]
+    return f"what it holds beside tensors: {', '.join(entries[:8])}{' ...' * (len(entries) > 8)}"
+
+
+def without_prefixes(state):
+    """-> the same tensors under the network's own names: without what torch.compile, FSDP and checkpointing put
+    anywhere into a name, the counter of averaged weights (torch.optim.swa_utils), and what all names begin with, as
+    DDP's module. and Lightning's model. (no network that ends in a classifier has all its parameters in one part)."""
+    within = r"(?<![^.])_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\."
+    state = {re.sub(within, "", key): value for key, value in state.items() if key != "n_averaged"}
+    while len({key.partition(".")[0] for key in state}) == 1 and all("." in key for key in state):
+        state = {key.partition(".")[2]: value for key, value in state.items()}
+    return state
 
 
 def dense(value):
@@ -325,6 +371,8 @@ def does_not_fit(model, state):
     found = {k: tuple(v.shape) for k, v in state.items()}
     different = [f"{k}: {found.get(k, 'missing')} instead of {expected.get(k, 'nothing')}"
                  for k in expected | found if found.get(k) != expected.get(k)]
+    if different and not expected.keys() & found.keys():
+        return f"{', '.join(list(found)[:2])} ... are no names of {model.spec['arch']}: it has {next(iter(expected))}"
     if different:
         more = f" and {len(different) - 1} more" if len(different) > 1 else ""
         return f"does not fit {model.spec['arch']} with head {model.spec['head']} ({different[0]}{more})"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mrl_files import InputError, exact_labels, read_json, reason
+from mrl_files import InputError, exact_labels, file_path, foreign, read_json, reason
 
 # The first is what this repository writes (the original's script left `_ff=` out and some of its notebooks wrote 1 for
 # True); the second is what the original's oracle, superclass and Grad-CAM notebooks ask for: sh (single head) is MRL-E.
@@ -82,6 +82,7 @@ def find_gt(folder, wanted):
 
 
 def saved_files(folder):
+    folder = file_path(folder)
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder; it must be the one where pytorch_inference.py saved its files")
     return sorted(path for sub in FOLDERS for path in Path(folder, sub).glob("*.pth"))
@@ -125,7 +126,7 @@ def load(path, dims):
         tensor = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         array = tensor.numpy()
     except Exception as error:
-        raise InputError(f"{path}: not a saved tensor, or truncated ({reason(error)})") from None
+        raise InputError(f"{path}: not a saved tensor, or truncated ({foreign(path) or reason(error)})") from None
     if dims > 1 and array.ndim == dims - 1:                 # the original's fixed-feature files have no axis for sizes
         array = array[None]
     if dims == 1 and array.ndim == 2 and array.shape[1] == 1:

@@ -232,7 +232,7 @@ def file_path(text):
     """A type for argparse: a path. ~ at its beginning is the user's home, which a shell leaves in `--folder=~/x`."""
     path = os.path.expanduser(text)
     if path.startswith("~"):
-        raise argparse.ArgumentTypeError(f"there is no home folder {path.split('/')[0]} (./{text} names a file here)")
+        raise InputError(f"{text}: there is no user {path.split('/')[0][1:]} (./{text} is a file of that name here)")
     return path
 
 

@@ -1,5 +1,6 @@
-"""py: whole files, locks, JSON, arrays."""
+"""mrl_files.py: whole files, locks, JSON, arrays."""
 import errno
+import fcntl
 import json
 import threading
 import time
@@ -10,6 +11,7 @@ import pytest
 from mrl_files import (
     InputError,
     exact_labels,
+    file_path,
     json_says,
     locked,
     read_embeddings,
@@ -59,6 +61,35 @@ def test_locked_lets_one_in_at_a_time(tmp_path, capsys):
     assert most == [1, 1, 1, 1] and not any(path.parent.iterdir())
 
 
+def test_locked_after_waiting_for_a_file_that_is_gone(tmp_path, monkeypatch, capsys):
+    """One waits, the holder leaves and removes the file, a third locks a new one before the first of them wakes up."""
+    woken, third_in, inside, flock = threading.Event(), threading.Event(), [], fcntl.flock
+
+    def wakes_late(file, how):
+        flock(file, how)
+        if how == fcntl.LOCK_EX:                     # only who waits asks so
+            woken.set()
+            third_in.wait(10)
+
+    def wait():
+        with locked(tmp_path / "a"):
+            inside.append("waited")
+
+    monkeypatch.setattr("fcntl.flock", wakes_late)
+    waiting = threading.Thread(target=wait)
+    with locked(tmp_path / "a"):
+        waiting.start()
+        while "waiting" not in capsys.readouterr().err:
+            time.sleep(0.01)
+    assert woken.wait(10)
+    with locked(tmp_path / "a"):
+        third_in.set()
+        time.sleep(0.2)
+        assert not inside
+    waiting.join(10)
+    assert inside == ["waited"] and not any(tmp_path.iterdir())
+
+
 def test_locked_on_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     def none_here(*_):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -66,6 +97,14 @@ def test_locked_on_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fcntl.flock", none_here)
     with locked(tmp_path / "list.npy"):
         assert "list.npy: no locks on this file system" in capsys.readouterr().err
+
+
+def test_the_users_home_in_a_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for text, path in {"~": "/home/me", "~/x": "/home/me/x", "x/~": "x/~", "": "", "./~": "./~", "a b": "a b"}.items():
+        assert file_path(text) == path
+    with pytest.raises(InputError, match=r"~nobody_here/x: there is no user nobody_here \(./~nobody_here/x is"):
+        file_path("~nobody_here/x")
 
 
 def test_json(tmp_path):

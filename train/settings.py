@@ -9,8 +9,19 @@ from types import SimpleNamespace
 
 import yaml
 from fastargs.exceptions import MissingValueError
+from fastargs.validation import Checker
 
-from mrl_files import InputError, reason
+from mrl_files import InputError, file_path, reason
+
+
+class FilePath(Checker):
+    """A setting that is a path, ~ at its beginning the user's home."""
+
+    def check(self, value):
+        return file_path(value)
+
+    def help(self):
+        return "a path"
 
 
 def read_settings(config, description, defaults=None):
@@ -20,8 +31,8 @@ def read_settings(config, description, defaults=None):
     """
     config.content.clear()
     config.collect(defaults or {})
-    for path in looked_up("--config-file", "-C", action="append") or []:
-        check_keys(path, config)
+    files = {path: read_config(path, config) for path in looked_up("--config-file", "-C", action="append") or []}
+    config.collect_config_file = lambda path: config.collect(files[path])      # fastargs' own follows the locale
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     config.augment_argparse(parser)
     config.collect_argparse_args(parser)
@@ -51,10 +62,10 @@ def looked_up(*flag, **options):
     return parser.parse_known_args()[0].value
 
 
-def check_keys(path, config):
-    """InputError for a key of a YAML (or JSON) file that no section declares."""
+def read_config(path, config):
+    """-> the sections of a YAML (or JSON) file. InputError for a key that none declares."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(Path(file_path(path)).read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:      # ValueError: not UTF-8; no such date
         raise InputError(f"{path}: not YAML ({reason(error)})") from None
     if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
@@ -63,6 +74,7 @@ def check_keys(path, config):
                if (section, key) not in config.entries]
     if unknown:
         raise InputError(f"{path}: unknown setting {', '.join(unknown)}; --help lists them all")
+    return content
 
 
 def check_values(config):

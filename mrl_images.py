@@ -1,28 +1,112 @@
-"""Images and class folders, read in one way by train/ (to write .ffcv files), inference/ and model_analysis/."""
+"""Images and class folders, read in one way by train/ (to write .ffcv files), inference/ and model_analysis/.
+
+    classes = label_order(class_folders(folder), folder)       # folder names; a class's label is its place
+    files, labels = list_images(folder, classes)               # [N] bytes, [N] int64
+    image = read_rgb(image_path(folder, classes[labels[0]], files[0]))
+"""
 import os
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from mrl_files import InputError
+
 
 def read_rgb(path):
-    """-> the image as RGB; grey, palette and CMYK files are converted."""
+    """-> the image as RGB; grey, palette and CMYK files are converted, grey of 16 bits is scaled to 8.
+
+    Whatever the decoder raises for broken bytes or for a picture of billions of pixels, and ValueError for pixels of 32
+    bits, whose range a file does not tell.
+    """
     with Image.open(path) as image:
-        if image.mode.startswith("I"):            # grey of 16 bits, which convert() cuts off at 255
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):      # Pillow names it both ways
+            return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+        if image.mode in ("I", "F"):
+            raise ValueError("pixels of 32 bits: save it with 8 or 16 bits a channel")
         return image.convert("RGB")
 
 
-def image_names(folder, class_name):
-    """-> the image files of one class folder, relative to it, in ImageFolder's order: bytes [n].
+def class_folders(folder):
+    """-> the names of the class folders, sorted; hidden ones (.ipynb_checkpoints) are none."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
-    OSError for a folder that may not be read; torchvision's make_dataset would pass over its images.
+
+def label_order(names, folder):
+    """-> the names of class folders in label order: numbers are the labels (as in ImageNetV2), others are sorted.
+
+    InputError for numbers that are not 0, 1, 2 ...: sorted as text, 10 would come before 2.
+    """
+    if not names or not all(name.isdecimal() for name in names):
+        return sorted(names)
+    found = {int(name): name for name in names}
+    missing = [label for label in range(len(names)) if label not in found]
+    if missing:
+        raise InputError(f"{folder}: class folders that are numbers are labels, 0 ... {len(names) - 1}; "
+                         f"{missing[0]} is missing: rename them, or begin the names with a letter")
+    return [found[label] for label in range(len(names))]
+
+
+def check_same_classes(folder, classes, other_folder, other_classes):
+    """InputError, which names the folders, where two parts of one data set have different classes: the labels of all
+    classes after the first difference would be wrong."""
+    different = sorted(set(classes) ^ set(other_classes))
+    if different:
+        one = different[0]
+        there, missing = (folder, other_folder) if one in classes else (other_folder, folder)
+        raise InputError(f"{missing} has no class folder {one}, {there} has one ({len(different)} such difference(s)): "
+                         "the parts of a data set need the same classes")
+
+
+def list_images(folder, classes):
+    """-> files [N] bytes, each relative to its class folder, in ImageFolder's order; labels [N] int64.
+
+    classes: folder names in label order. InputError for a class without images.
+    """
+    names = [image_names(folder, name) for name in classes]
+    empty = [name for name, files in zip(classes, names, strict=True) if not len(files)]
+    if empty:
+        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        raise InputError(f"{folder}: {len(empty)} class folder(s) hold no images: {', '.join(empty[:5])}{more}")
+    labels = np.repeat(np.arange(len(classes)), [len(files) for files in names])
+    return np.concatenate(names) if names else np.array([], dtype=bytes), labels
+
+
+def image_names(folder, class_name):
+    """-> the image files of one class folder, relative to it: bytes [n], for names that are not UTF-8.
+
+    Hidden files and folders are passed over, and each real folder is read once: a link that leads back up would bring
+    in the other classes. OSError for a folder that may not be read.
     """
     def stop(error):
         raise error
 
     top = os.path.join(folder, class_name)
-    found = [os.path.join(base, name) for base, _, names in sorted(os.walk(top, onerror=stop, followlinks=True))
-             for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS)]
-    return np.array([os.fsencode(path[len(top) + 1:]) for path in found], dtype=bytes)
+    seen, found = {(at.st_dev, at.st_ino) for at in map(os.stat, [top, *Path(top).resolve().parents])}, []
+    for base, folders, names in os.walk(top, onerror=stop, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if not name.startswith(".") and new(base, name, seen)]
+        found.append((base, [name for name in sorted(names) if is_image(name)]))
+    paths = [os.path.join(base, name) for base, names in sorted(found) for name in names]
+    return np.array([os.fsencode(path[len(top) + 1:]) for path in paths], dtype=bytes)
+
+
+def new(base, name, seen):
+    """Is this folder not among those seen? Now it is."""
+    at = os.stat(os.path.join(base, name))
+    fresh = (at.st_dev, at.st_ino) not in seen
+    seen.add((at.st_dev, at.st_ino))
+    return fresh
+
+
+def is_image(name):
+    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+
+
+def image_path(folder, class_name, file):
+    return Path(folder) / class_name / os.fsdecode(file)
+
+
+def printable(path):
+    """-> the path as text that any terminal and any JSON file takes: bytes that are not UTF-8 as \\xff."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -2,7 +2,6 @@
 and features.py.
 """
 import hashlib
-import os
 import re
 import signal
 import sys
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from mrl_files import InputError, reason
-from mrl_images import image_names, read_rgb
+from mrl_images import image_path, list_images, read_rgb
 from mrl_models import MEAN, STD
 
 
@@ -29,12 +28,7 @@ class ImageSet(Dataset):
 
     def __init__(self, folder, classes, subset, transform):
         self.folder, self.classes, self.subset, self.transform = Path(folder), classes, subset, transform
-        names = [image_names(folder, name) for name in classes]
-        empty = [name for name, files in zip(classes, names, strict=True) if not len(files)]
-        if empty:
-            raise InputError(f"{folder}: {len(empty)} class folder(s) hold no images: {some(empty)}")
-        self.labels = np.repeat(np.arange(len(classes)), [len(files) for files in names])
-        self.files = np.concatenate(names)
+        self.files, self.labels = list_images(folder, classes)
 
     def __len__(self):
         return len(self.files)
@@ -59,7 +53,7 @@ class ImageSet(Dataset):
         return hashlib.sha256(b"".join(listed)).hexdigest()[:16]
 
     def path(self, i):
-        return self.folder / self.classes[self.labels[i]] / os.fsdecode(self.files[i])
+        return image_path(self.folder, self.classes[self.labels[i]], self.files[i])
 
     def why_unreadable(self, i):
         try:

@@ -13,12 +13,11 @@ import matplotlib
 import superclass
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torchvision import transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from mrl_files import InputError, reason
+from mrl_images import class_folders, is_image, label_order, printable, read_rgb
 from mrl_models import MEAN, STD, stack_logits
 
 BATCH = 16
@@ -98,7 +97,8 @@ def explain(model, paths, target=None, layer=None, resize=256, crop=224):
 def image_paths(path):
     """One image, or a folder with images at any depth -> sorted paths."""
     path = Path(path)
-    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+    inside = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    found = [path] if path.is_file() else sorted(p for p in inside if is_image(p.name))
     if not found:
         raise InputError(f"{path}: no such image, or a folder without images")
     return found
@@ -114,10 +114,9 @@ def picture(path, resize=256, crop=224):
     """The part of an image that the network sees -> [3, crop, crop] in 0 ... 1."""
     see = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(crop), transforms.ToTensor()])
     try:
-        with Image.open(path) as image:
-            return see(image.convert("RGB"))
-    except OSError as error:
-        raise InputError(f"{path}: not a readable image ({reason(error)})") from None
+        return see(read_rgb(path))
+    except Exception as error:                 # whatever a decoder makes of broken bytes
+        raise InputError(f"{printable(path)}: not a readable image ({reason(error)})") from None
 
 
 def normalise(image):
@@ -138,7 +137,7 @@ def class_ids(num_classes, folder=None):
     if folder is None:
         ids = superclass.classes()
     elif Path(folder).is_dir():
-        ids = sorted(p.name for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
+        ids = label_order(class_folders(folder), folder)
     else:
         raise InputError(f"{folder}: no such folder; `classes` must be a set with one folder for each class")
     if len(ids) != num_classes:

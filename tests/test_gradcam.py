@@ -155,3 +155,25 @@ def test_refusals(tree, call, words):
 def test_the_class_to_explain():
     truth = torch.tensor([1])
     assert gradcam.explained("true", truth) is truth and gradcam.explained("predicted", truth) is None
+
+
+def test_pictures_that_are_too_large_end_in_one_line(tmp_path, monkeypatch):
+    """Pillow refuses pictures that would take gigabytes: 60,000 x 60,000 pixels fit in a small file."""
+    Image.new("L", (40, 40)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(InputError, match=r"a.png: not a readable image \(Image size \(1600 pixels\) exceeds limit"):
+        gradcam.picture(tmp_path / "a.png")
+
+
+def test_16_bits_look_as_8_do(tmp_path):
+    grey = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    torch.testing.assert_close(*(gradcam.picture(tmp_path / f"{bits}.png", 8, 8) for bits in (8, 16)), rtol=0, atol=0)
+
+
+def test_hidden_files_are_no_images(tmp_path):
+    for name in ("a/0.png", "a/._0.png", ".ipynb_checkpoints/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    assert gradcam.image_paths(tmp_path) == [tmp_path / "a/0.png"]

@@ -9,6 +9,8 @@ import write_imagenet
 from conftest import ROOT, with_python
 from ffcv.fields.rgb_image import IMAGE_MODES
 from ffcv.reader import Reader
+from ffcv_files import check_files
+from PIL import Image
 
 from mrl_files import InputError
 
@@ -16,12 +18,92 @@ ARGUMENTS = "write_imagenet.py --cfg.split=train --cfg.max_resolution=64 --cfg.n
 
 
 def test_the_two_files_of_the_readme(ffcv_folder):
-    assert sorted(p.name for p in ffcv_folder.iterdir()) == ["train_500_0.50_90.ffcv", "val_500_uncompressed.ffcv"]
-    train, val = (Reader(str(path)).metadata for path in sorted(ffcv_folder.iterdir()))
+    assert sorted(p.name for p in ffcv_folder.glob("*.ffcv")) == ["train_500_0.50_90.ffcv", "val_500_uncompressed.ffcv"]
+    train, val = (Reader(str(path)).metadata for path in sorted(ffcv_folder.glob("*.ffcv")))
     np.testing.assert_array_equal(train["f1"], np.repeat([0, 1, 2], 20))
     np.testing.assert_array_equal(val["f1"], np.repeat([0, 1, 2], [11, 11, 12]))
     jpegs = (train["f0"]["mode"] == IMAGE_MODES["jpg"]).mean()
     assert 0.3 < jpegs < 0.7 and (val["f0"]["mode"] == IMAGE_MODES["raw"]).all()
+
+
+@pytest.fixture
+def write(image_tree, tmp_path):
+    """write(**changes) -> FFCV's metadata of what `write_imagenet.write` makes of a copy of val/, a few images each."""
+    def start(**changes):
+        settings = {"dataset": "imagenet", "split": "val", "data_dir": f"{image_tree}/val", "subset": -1,
+                    "write_path": f"{tmp_path}/a.ffcv", "write_mode": "raw", "max_resolution": 64, "num_workers": 1,
+                    "chunk_size": 100, "jpeg_quality": 90, "compress_probability": None, **changes}
+        write_imagenet.write(SimpleNamespace(**settings))
+        return Reader(settings["write_path"]).metadata
+    return start
+
+
+def paint(path, colour=0, size=(40, 40)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (colour, 0, 0)).save(path)
+
+
+def test_a_class_that_one_split_lacks_is_named(write, tmp_path):
+    """Sorted places would give all classes after it another label, in silence."""
+    for split, names in {"train": "abc", "val": "ac"}.items():
+        for name in names:
+            paint(tmp_path / split / name / "0.png")
+    for split in ("train", "val"):
+        with pytest.raises(InputError, match=r"val has no class folder b, .*train has one"):
+            write(split=split, data_dir=f"{tmp_path}/{split}")
+    assert not list(tmp_path.glob("*.ffcv"))
+
+
+def test_training_compares_the_classes_of_its_files(write, tmp_path):
+    """Written from folders that do not lie side by side."""
+    for folder, names in {"here": "abc", "there": "acd"}.items():
+        for name in names:
+            paint(tmp_path / folder / name / "0.png")
+        write(data_dir=f"{tmp_path}/{folder}", write_path=f"{tmp_path}/{folder}.ffcv")
+    with pytest.raises(InputError, match=r"there.ffcv has no class folder b"):
+        check_files(tmp_path / "here.ffcv", tmp_path / "there.ffcv", 3)
+    assert check_files(tmp_path / "here.ffcv", tmp_path / "here.ffcv", 3) == 3
+    (tmp_path / "there.json").unlink()      # a file of the original
+    assert check_files(tmp_path / "here.ffcv", tmp_path / "there.ffcv", 3) == 3
+
+
+def test_class_folders_that_are_numbers_are_the_labels(write, tmp_path):
+    for label in range(12):
+        paint(tmp_path / "images" / str(label) / "0.png", label)
+    paint(tmp_path / "images/.ipynb_checkpoints/0.png")
+    metadata = write(data_dir=f"{tmp_path}/images")
+    np.testing.assert_array_equal(metadata["f1"], range(12))
+    stored = np.memmap(tmp_path / "a.ffcv", np.uint8, "r")
+    assert [stored[int(at)] for at in metadata["f0"]["data_ptr"]] == list(range(12))
+
+
+def test_images_too_thin_for_validation_are_named(write, tmp_path, capfd):
+    """FFCV's centre crop of them is empty, and it aborts after the first epoch. For training they will do."""
+    paint(tmp_path / "images/a/0.png")
+    paint(tmp_path / "images/a/thin.png", size=(1, 40))
+    with pytest.raises(InputError, match="1 of 2 images cannot be read"):
+        write(data_dir=f"{tmp_path}/images")
+    assert "thin.png (1 x 40 pixels are too few or too thin)" in capfd.readouterr().err
+    assert len(write(data_dir=f"{tmp_path}/images", split="train")) == 2
+    with pytest.raises(InputError, match=r"a.ffcv: image 1 is one pixel wide or high"):
+        check_files(tmp_path / "a.ffcv", tmp_path / "a.ffcv", 1)
+
+
+def test_16_bits_are_written_as_they_look(write, tmp_path):
+    (tmp_path / "images/a").mkdir(parents=True)
+    grey = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
+    Image.fromarray(grey).save(tmp_path / "images/a/0.png")
+    at = int(write(data_dir=f"{tmp_path}/images")["f0"]["data_ptr"][0])
+    stored = np.memmap(tmp_path / "a.ffcv", np.uint8, "r")[at:at + 3 * 32 * 32].reshape(32, 32, 3)
+    np.testing.assert_array_equal(stored, (grey // 257).astype(np.uint8)[..., None].repeat(3, 2))
+
+
+def test_paths_are_relative_to_where_the_user_stands(image_tree, tmp_path):
+    (tmp_path / "images").symlink_to(image_tree)
+    env = with_python(IMAGENET_DIR="images", WRITE_DIR="out", WORKERS="1")
+    subprocess.run([ROOT / "train/write_imagenet.sh", "16", "0.50", "90"], cwd=tmp_path, env=env, check=True,
+                   capture_output=True)
+    assert (tmp_path / "out/val_16_uncompressed.ffcv").exists()
 
 
 def test_which_images_become_jpegs_does_not_change(image_tree, run, tmp_path):

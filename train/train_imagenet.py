@@ -20,7 +20,7 @@ import launch
 import schedules
 from fastargs import Config, Param, Section
 from fastargs.validation import And, InRange, OneOf
-from ffcv_files import check_file
+from ffcv_files import check_files
 from loaders import train_loader, val_loader
 from recipe import check_images, make_model, model_spec
 from seeded_crop import SCALE
@@ -160,8 +160,7 @@ def check(settings, spec):
         raise InputError("--data.in_memory=0 with several processes: FFCV would hold nearly the whole file in each; "
                          "give 1: the file is mapped, and what does not fit in memory is read again")
     check_images(settings, spec)
-    images = check_file(settings.data.train_dataset, spec["num_classes"])
-    check_file(settings.data.val_dataset, spec["num_classes"])
+    images = check_files(settings.data.train_dataset, settings.data.val_dataset, spec["num_classes"])
     batch = settings.training.batch_size * settings.dist.world_size
     if images < batch:
         raise InputError(f"{settings.data.train_dataset}: {images} images are fewer than one batch "

@@ -4,7 +4,8 @@
         --cfg.write_path=$WRITE_DIR/train_500_0.50_90.ffcv --cfg.max_resolution=500 --cfg.write_mode=proportion \\
         --cfg.compress_probability=0.50 --cfg.jpeg_quality=90
 
-write_imagenet.sh writes both splits. Labels are the classes' places in sorted folder order.
+write_imagenet.sh writes both splits. Labels are the classes' places in sorted folder order (folders that are numbers:
+the numbers). Beside the file, a .json keeps the classes' names: training compares those of its two files.
 """
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ import signal
 import sys
 from contextlib import contextmanager
 from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 
 import ffcv_repairs  # noqa: F401
 import numpy as np
@@ -23,9 +25,18 @@ from ffcv.writer import MIN_PAGE_SIZE, DatasetWriter
 from PIL import Image
 from settings import read_settings
 from torch.utils.data import Dataset
-from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets import CIFAR10
 
-from mrl_files import InputError, command_line, reason, replacing
+from mrl_files import InputError, command_line, reason, replacing, write_json
+from mrl_images import (
+    check_same_classes,
+    class_folders,
+    image_path,
+    label_order,
+    list_images,
+    printable,
+    read_rgb,
+)
 
 CONFIG = Config()
 Section("cfg", "what to write", CONFIG).params(
@@ -43,31 +54,56 @@ Section("cfg", "what to write", CONFIG).params(
 )
 
 
+class ClassFolders(Dataset):
+    """The images of class folders as (RGB image, label). classes: their names, in label order."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.classes = label_order(class_folders(folder), folder)
+        if not self.classes:
+            raise InputError(f"{folder}: holds no class folders")
+        self.files, self.labels = list_images(folder, self.classes)
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        return read_rgb(self.path(index)), int(self.labels[index])
+
+    def path(self, index):
+        return image_path(self.folder, self.classes[self.labels[index]], self.files[index])
+
+
+LEAST_SIDE = {"train": 1, "val": 2}      # validation takes a centre crop of 224/256: of one pixel, nothing
+
+
 def open_dataset(cfg):
-    """-> a data set of (RGB image, class index)."""
+    """-> a data set of (RGB image, label) with the names of its classes."""
     try:
         if cfg.dataset == "cifar":
             return CIFAR10(cfg.data_dir, train=cfg.split == "train")
-        check_readable(cfg.data_dir)
-        return ImageFolder(cfg.data_dir)
-    except (RuntimeError, FileNotFoundError) as error:
+        dataset = ClassFolders(cfg.data_dir)
+    except (RuntimeError, FileNotFoundError, InputError) as error:
         raise InputError(f"--cfg.data_dir={cfg.data_dir}: {reason(error)}") from None
+    check_other_split(Path(cfg.data_dir), cfg.split, dataset.classes)
+    return dataset
 
 
-def check_readable(folder):
-    """ImageFolder passes over folders that it may not read: their images would be missing from the file."""
-    def stop(error):
-        raise error
-
-    for _ in os.walk(folder, onerror=stop, followlinks=True):
-        pass
+def check_other_split(folder, split, classes):
+    """The folders train/ and val/ that lie beside each other are one data set."""
+    other = folder.parent / {"train": "val", "val": "train"}[split]
+    if folder.name == split and other.is_dir():
+        check_same_classes(folder, classes, other, class_folders(other))
 
 
 class Readable(Dataset):
-    """The first n items; an image that cannot be read is named and counted, for FFCV waits for ever on an exception."""
+    """The first n items; an image that cannot be used is named and counted, for FFCV waits for ever on an exception.
 
-    def __init__(self, dataset, n, max_resolution):
-        self.dataset, self.n, self.max_resolution = dataset, n, max_resolution
+    least: pixels of the shorter side, at least, after images have been shrunk to max_resolution.
+    """
+
+    def __init__(self, dataset, n, max_resolution, least):
+        self.dataset, self.n, self.max_resolution, self.least = dataset, n, max_resolution, least
         self.unreadable = multiprocessing.Value("q", 0)
 
     def __len__(self):
@@ -77,13 +113,14 @@ class Readable(Dataset):
         np.random.seed(index)      # noqa: NPY002  FFCV draws from it which images become JPEGs: the same in every writing
         try:
             image, label = self.dataset[index]
-            if min(image.size) * self.max_resolution < max(image.size):
-                raise ValueError(f"{image.size[0]} x {image.size[1]} pixels are too thin to be shrunk")
+            shrunk = min(1, self.max_resolution / max(image.size))
+            if int(shrunk * min(image.size)) < self.least:
+                raise ValueError(f"{image.size[0]} x {image.size[1]} pixels are too few or too thin")
             return image, label
         except Exception as error:      # whatever a decoder makes of broken bytes
             with self.unreadable.get_lock():
                 self.unreadable.value += 1
-            print(f"unreadable: {self.dataset.samples[index][0]} ({error})", file=sys.stderr)
+            print(f"unreadable: {printable(self.dataset.path(index))} ({reason(error)})", file=sys.stderr)
             return Image.new("RGB", (1, 1)), 0
 
 
@@ -139,12 +176,14 @@ def page_size(max_resolution):
 
 def write(cfg):
     dataset = open_dataset(cfg)
-    images = Readable(dataset, len(dataset) if cfg.subset < 0 else min(cfg.subset, len(dataset)), cfg.max_resolution)
+    images = Readable(dataset, len(dataset) if cfg.subset < 0 else min(cfg.subset, len(dataset)), cfg.max_resolution,
+                      least=LEAST_SIDE[cfg.split])
     if not len(images):
         raise InputError("--cfg.subset=0: no image to write")
     compress = {} if cfg.compress_probability is None else {"compress_probability": cfg.compress_probability}
     image = RGBImageField(write_mode=cfg.write_mode, max_resolution=cfg.max_resolution,
                           jpeg_quality=cfg.jpeg_quality, **compress)
+    companion = Path(cfg.write_path).with_suffix(".json")
     with replacing(cfg.write_path) as path:
         writer = DatasetWriter(str(path), {"image": image, "label": IntField()}, num_workers=cfg.num_workers,
                                page_size=page_size(cfg.max_resolution))
@@ -153,6 +192,8 @@ def write(cfg):
         if images.unreadable.value:
             raise InputError(f"--cfg.data_dir={cfg.data_dir}: {images.unreadable.value} of {len(images)} images "
                              "cannot be read (named above); nothing written")
+        companion.unlink(missing_ok=True)      # it never describes another file
+    write_json(companion, {"classes": dataset.classes, "n": len(images), "split": cfg.split})
     print(f"wrote {cfg.write_path}: {len(images)} images, {os.path.getsize(cfg.write_path) / 1e6:.1f} MB")
 
 

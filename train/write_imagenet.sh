@@ -16,11 +16,11 @@ usage="usage: IMAGENET_DIR=... WRITE_DIR=... ./write_imagenet.sh MAX_RESOLUTION 
 [ $# -eq 3 ] || { echo "error: $usage" >&2; exit 2; }
 : "${IMAGENET_DIR:?error: set IMAGENET_DIR to the folder that holds train/ and val/. $usage}"
 : "${WRITE_DIR:?error: set WRITE_DIR to the folder to write to. $usage}"
-cd "$(dirname "$0")"
+here=$(dirname "${BASH_SOURCE[0]}")      # no cd: paths are relative to where the user stands
 mkdir -p "$WRITE_DIR"
 
 write() {   # split, file name, further flags
-  python write_imagenet.py --cfg.dataset=imagenet --cfg.split="$1" --cfg.data_dir="$IMAGENET_DIR/$1" \
+  python "$here/write_imagenet.py" --cfg.dataset=imagenet --cfg.split="$1" --cfg.data_dir="$IMAGENET_DIR/$1" \
     --cfg.write_path="$WRITE_DIR/$2" --cfg.max_resolution="$max_resolution" --cfg.num_workers="${WORKERS:-16}" \
     --cfg.chunk_size=100 "${@:3}"
 }

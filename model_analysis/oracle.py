@@ -50,24 +50,21 @@ def majority_vote(predictions):
 
 # ------------------------------------------------------------------------------------------------ classes and sizes
 
-def class_accuracy(predictions, gt, num_classes):
-    """-> [G, C]: per size, the share of each class's images that are right. InputError for a class without images."""
-    correct, images = right(predictions, gt), np.bincount(gt, minlength=num_classes)
-    if not images.all():
-        missing = np.flatnonzero(images == 0)
-        raise InputError(f"{len(missing)} of {num_classes} classes have no image, class {missing[0]} first: "
-                         "run inference on the whole set")
-    return np.stack([np.bincount(gt, weights=row, minlength=num_classes) for row in correct]) / images
+def class_accuracy(predictions, gt):
+    """-> accuracy [G, K]: per size, the share of each class's images that are right; classes [K], those that have
+    images, ascending: a part of a set may hold some of the model's classes only."""
+    classes, place, images = np.unique(gt, return_inverse=True, return_counts=True)
+    return np.stack([np.bincount(place, weights=row) for row in right(predictions, gt)]) / images, classes
 
 
 def behaviour(accuracy):
-    """accuracy [G, C] -> [C] names of BEHAVIOURS: how each class fares as the size grows.
+    """accuracy [G, K] -> [K] names of BEHAVIOURS: how each class fares as the size grows.
 
     Read off the signs of the changes from size to size, equal neighbours left out: only rises; rises, then falls;
     falls first, then rises or nothing; no change; more turns than one. (The paper counts 244, 177 and 49 classes of
     the first three kinds in its MRL model, and gives no rule to the letter; this is ours.)
     """
-    steps = np.sign(np.diff(accuracy, axis=0)).T                 # [C, G-1]
+    steps = np.sign(np.diff(accuracy, axis=0)).T                 # [K, G-1]
     kinds = {(): "flat", (1,): "monotone", (1, -1): "improves, then dips", (-1,): "declines first",
              (-1, 1): "declines first"}
     turns = [tuple(sign for sign, _ in groupby(row[row != 0])) for row in steps]

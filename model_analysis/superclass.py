@@ -23,8 +23,9 @@ HIERARCHY = Path(__file__).with_name("imagenet1k_hierarchy.tsv")
 
 @cache
 def synsets():
-    """-> {wnid: row of the hierarchy}, from the root down; class_index is "" above the 1,000 classes."""
-    with HIERARCHY.open() as file:
+    """-> {wnid: row of the hierarchy}, most classes below first, then most synsets, then as ImageNet's is-a file lists
+    them: the order in which the original considers them. class_index is "" above the 1,000 classes."""
+    with HIERARCHY.open(encoding="utf-8") as file:
         return {row["wnid"]: row for row in csv.DictReader(file, delimiter="\t")}
 
 
@@ -68,15 +69,13 @@ def name_counts():
 
 
 def choose(n=30):
-    """-> n wnids that cover no class twice; for 30, the paper's (table 24), in its order; deterministic.
+    """-> n wnids that cover no class twice, the original's for n up to 80 (30: the paper's table 24), in its order.
 
-    From the synset with the most classes below it downwards, each is added and takes the place of an ancestor chosen
-    before, until there are n. Of equal ones the first has more of the hierarchy below it, or the smaller parent wnid.
+    In the hierarchy's order, each synset above a class is added and takes the place of an ancestor chosen before,
+    until there are n.
     """
-    below = Counter(above for wnid in synsets() for above in ancestors(wnid))
-    classes_below = {wnid: int(row["n_imagenet_descendants"]) for wnid, row in synsets().items()}
     chosen = []
-    for wnid in sorted(below, key=lambda w: (-classes_below[w], -below[w], synsets()[w]["parent_wnid"], w)):
+    for wnid in (wnid for wnid, row in synsets().items() if int(row["n_imagenet_descendants"])):
         chosen = [other for other in chosen if other not in ancestors(wnid)] + [wnid]
         if len(chosen) == n:
             return chosen
@@ -102,8 +101,9 @@ def evaluate(softmax, gt, wnids):
     superclass [G]: right superclass or rightly rejected, all images ("31-way" for 30; images of the classes outside
     count as right when any class outside is predicted); superclass_covered [G]: right superclass, images of the
     superclasses only; restricted [G]: right class among all 1,000, images of the superclasses only;
-    within [G, S]: right class among those of the image's own superclass;
-    confusion [G, S+1, S+1]: rows are true superclasses and sum to 1, reject first (0 where no image is rejected).
+    within [G, S]: right class among those of the image's own superclass, NaN for a superclass without images;
+    confusion [G, S+1, S+1]: rows are true superclasses and sum to 1, reject first (0 for one without images).
+    And images [S], how many each superclass has: a part of ImageNet leaves some without.
     """
     softmax, gt = np.asarray(softmax), np.asarray(gt)
     of_class = assignment(wnids)
@@ -111,7 +111,8 @@ def evaluate(softmax, gt, wnids):
     predictions = softmax.argmax(-1)                                          # [G, N]
     truth, guess = of_class[gt], of_class[predictions]
     covered = truth > 0
-    return {"superclass": (guess == truth).mean(1),
+    return {"images": np.bincount(truth, minlength=len(wnids) + 1)[1:],
+            "superclass": (guess == truth).mean(1),
             "superclass_covered": (guess == truth)[:, covered].mean(1),
             "restricted": (predictions == gt)[:, covered].mean(1),
             "within": np.stack([within(softmax, gt, members(wnid)) for wnid in wnids], axis=1),
@@ -122,10 +123,8 @@ def check(softmax, gt, wnids, of_class):
     if softmax.ndim != 3 or gt.shape != softmax.shape[1:2] or softmax.shape[2] != len(of_class):
         raise InputError(f"softmax {list(softmax.shape)} and gt {list(gt.shape)} must be [G, N, {len(of_class)}] and "
                          "[N]: superclasses are those of ImageNet-1K's classes")
-    images = np.bincount(of_class[gt], minlength=len(wnids) + 1)[1:]
-    if not images.all():
-        wnid = wnids[images.argmin()]
-        raise InputError(f"superclass {wnid} ({name(wnid)}) has no image: run inference on the whole set")
+    if not of_class[gt].any():
+        raise InputError(f"none of the {len(wnids)} superclasses has an image: run inference on a set that holds them")
 
 
 def check_classes(names):
@@ -136,8 +135,10 @@ def check_classes(names):
 
 
 def within(softmax, gt, columns):
-    """-> [G]: accuracy on the images of these classes when only these classes can be predicted."""
+    """-> [G]: accuracy on the images of these classes when only these classes can be predicted; NaN without images."""
     rows = np.flatnonzero(np.isin(gt, columns))
+    if not len(rows):
+        return np.full(len(softmax), np.nan)
     return np.array([(columns[one[np.ix_(rows, columns)].argmax(1)] == gt[rows]).mean() for one in softmax])
 
 

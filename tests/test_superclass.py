@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import superclass
+from conftest import ROOT
 
 from mrl_files import InputError
 
@@ -19,7 +20,7 @@ def hierarchical_world(sizes, images_per_class, noise=2.0, seed=0):
     so small prefixes hold the coarse distinctions. Images are means with noise, classified by Bayes' rule per prefix.
     """
     rng = np.random.default_rng(seed)
-    vectors = {wnid: rng.standard_normal(sizes[-1]) for wnid in superclass.synsets()}
+    vectors = {wnid: rng.standard_normal(sizes[-1]) for wnid in sorted(superclass.synsets())}
     means = np.stack([sum(vectors[w] for w in (leaf, *superclass.ancestors(leaf))) for leaf in superclass.classes()])
     means -= means.mean(0)
     means = means @ np.linalg.svd(means, full_matrices=False)[2].T
@@ -43,6 +44,18 @@ def test_the_papers_thirty_superclasses():
     assert [paper in own for paper, own in zip(TABLE_24, names, strict=True)] == [True] * 30
     assert (superclass.assignment(wnids) > 0).sum() == sum(len(superclass.members(w)) for w in wnids) == 467
     assert len({superclass.name(wnid) for wnid in wnids}) == 30
+
+
+def test_the_originals_superclasses_for_every_number():
+    """From the original's order alone: of the synsets considered so far, those that have no other below."""
+    order = (ROOT / "tests/golden/superclass_order.txt").read_text(encoding="utf-8").split()
+    assert sorted(order) == sorted(superclass.synsets())
+    sets = {}
+    for i in range(200):
+        above = {one for wnid in order[:i + 1] for one in superclass.ancestors(wnid)}
+        lowest = set(order[:i + 1]) - above
+        sets.setdefault(len(lowest), lowest)
+    assert [n for n in range(1, 81) if set(superclass.choose(n)) != sets[n]] == []
 
 
 @pytest.mark.parametrize("n", [1, 2, 17, 100, 416])
@@ -98,6 +111,16 @@ def test_superclasses_that_cover_everything_leave_no_reject(world):
     assert result["superclass"].tolist() == [1, 1] and result["confusion"][0].tolist() == [[0, 0], [0, 1]]
 
 
+def test_a_superclass_without_images_is_left_out_and_counted(world):
+    """A part of the set, which holds no snakes: all else is what the others alone give."""
+    softmax, gt = world
+    part = (gt < 52) | (gt > 68)
+    whole, alone = [superclass.evaluate(softmax[:, part], gt[part], wnids) for wnids in ([INSECT, SNAKE], [INSECT])]
+    assert whole["images"].tolist() == [len(superclass.members(INSECT)), 0] and np.isnan(whole["within"][:, 1]).all()
+    assert (whole["within"][:, 0] == alone["within"][:, 0]).all() and (whole["confusion"][:, 2] == 0).all()
+    assert (whole["superclass_covered"] == alone["superclass_covered"]).all()
+
+
 def test_coarse_distinctions_need_fewer_dimensions(world):
     """What the notebook is about, in a world made so: superclasses come before classes."""
     result = superclass.evaluate(*world, superclass.choose())
@@ -114,7 +137,7 @@ def test_coarse_distinctions_need_fewer_dimensions(world):
     (lambda s, y: superclass.evaluate(s, y, [SNAKE, "n01744401"]), "n01726692 and n01744401 share classes"),
     (lambda s, y: superclass.evaluate(s[..., :200], y, [SNAKE]), "ImageNet-1K's classes"),
     (lambda s, y: superclass.evaluate(s, y[:-1], [SNAKE]), r"\[N\]"),
-    (lambda s, y: superclass.evaluate(s, np.where((y > 51) & (y < 69), 0, y), [INSECT, SNAKE]), "snake. has no image"),
+    (lambda s, y: superclass.evaluate(s, 0 * y, [INSECT, SNAKE]), "none of the 2 superclasses has an image"),
     (lambda s, y: superclass.check_classes(superclass.classes()[::-1]), "not ImageNet's 1,000 in order"),
     (lambda s, y: superclass.check_classes(["cat", "dog"]), "2 classes are not ImageNet's 1,000"),
 ])

@@ -13,7 +13,7 @@ from PIL import Image
 
 def machine(device="cpu"):
     """-> one line: processor, cores, load, GPU, versions."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
     gpu = f", {torch.cuda.get_device_name()}" if torch.device(device).type == "cuda" else ""
     return (f"{cpu}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f}), {torch.get_num_threads()} threads{gpu}; "
@@ -52,8 +52,8 @@ def take_turns(works, rounds, device="cpu", repeat=1):
 def private_mb(pid):
     """RssAnon of a process and its children, MB: the pages of mapped files do not count. 0 once it has ended."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
     except (FileNotFoundError, ProcessLookupError):
         return 0
     own = next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)

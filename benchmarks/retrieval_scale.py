@@ -14,6 +14,8 @@ from pathlib import Path
 from measure import machine, seconds, watch
 from retrieval_speed import SHORTLIST, SMALL, D, write_world
 
+from mrl_files import file_path
+
 COMMANDS = {
     "shortlist at 16": f"search --sizes {SMALL} --k {SHORTLIST}",
     "re-rank at 2048": f"rerank --retrieval_dim {SMALL} --rerank_dims {D} --shortlist {SHORTLIST}",
@@ -22,7 +24,7 @@ COMMANDS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where to write (a temporary folder); all is removed after")
+    parser.add_argument("--folder", type=file_path, help="where to write (a temporary folder); all is removed after")
     parser.add_argument("--n", type=int, default=1_281_167)
     parser.add_argument("--queries", type=int, default=10_000)
     args = parser.parse_args()

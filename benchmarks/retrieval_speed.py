@@ -22,7 +22,7 @@ from rerank import funnel, rerank
 from serving import adaptive_index, adaptive_search
 from stages import Task, mapped, reranked
 
-from mrl_files import read_embeddings, read_labels
+from mrl_files import file_path, read_embeddings, read_labels
 
 D, SMALL, SHORTLIST = 2048, 16, 200
 FAISS_BLAS_THRESHOLD = 128_000      # of faiss 1.15; neighbors.py sets 0
@@ -202,7 +202,7 @@ def measure_adaptive(xb, xq, yb, yq, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where the embeddings are, or are to be written and kept")
+    parser.add_argument("--folder", type=file_path, help="where the embeddings are, or are to be written and kept")
     parser.add_argument("--n", type=int, default=200_000)
     parser.add_argument("--queries", type=int, default=2_000)
     parser.add_argument("--classes", type=int, default=1000)
@@ -211,7 +211,7 @@ def main():
     args = parser.parse_args()
     print(f"{machine()}, faiss {faiss.__version__} ({faiss.omp_get_max_threads()} threads, "
           f"{openblas_kernels()} kernels)")
-    root = args.folder or Path(tempfile.mkdtemp())
+    root = Path(args.folder or tempfile.mkdtemp())
     folder = root / f"{args.n}_{args.queries}_{args.classes}_{'shuffled' if args.shuffle else 'sorted'}"
     try:
         if not (folder / f"1K_val_mrl1_e0_ff{D}-y.npy").exists():

@@ -25,7 +25,7 @@ import torch
 from measure import machine, make_images, spread
 from train_step import compare, device_and_precision, ours, plain
 
-from mrl_files import InputError, command_line
+from mrl_files import InputError, command_line, file_path
 
 TRAIN = Path(__file__).resolve().parent.parent / "train"
 # Run in train/: one line per number of workers with FFCV's images/s of each epoch; the first one compiles.
@@ -69,7 +69,8 @@ def train(path, workers, folder, args):
            f"--training.compile={args.compile}", f"--training.precision={args.precision}",
            f"--training.device={args.device.type}", "--logging.log_level=0", f"--logging.folder={folder}",
            f"--logging.name={workers}")
-    records = [json.loads(line) for line in (folder / str(workers) / "log").read_text().splitlines()][1:]
+    log = (folder / str(workers) / "log").read_text(encoding="utf-8")
+    records = [json.loads(line) for line in log.splitlines()][1:]
     return [np.array([record[key] for record in records]) for key in ("images_per_second", "waiting_for_data")]
 
 
@@ -87,7 +88,7 @@ def step_rates(args):
 
 
 def measure(folder, args):
-    images = args.images or folder / "images"
+    images = Path(args.images or folder / "images")
     if not args.images:
         make_images(images, args.count, args.pixels)
     args.classes = sum(path.is_dir() for path in images.iterdir())
@@ -124,7 +125,7 @@ def main():
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, help="one folder per class [default: made-up pictures]")
+    parser.add_argument("--images", type=file_path, help="one folder per class [default: made-up pictures]")
     parser.add_argument("--count", type=int, default=8192, help="of the made-up pictures")
     parser.add_argument("--pixels", type=int, default=500, help="longest side")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, os.cpu_count()])
@@ -142,7 +143,7 @@ def arguments():
     args = parser.parse_args()
     if args.epochs < 2:
         raise InputError("--epochs: the first one warms up; give 2 or more")
-    if args.images and not args.images.is_dir():
+    if args.images and not Path(args.images).is_dir():
         raise InputError(f"--images={args.images}: no such folder")
     return device_and_precision(args)
 

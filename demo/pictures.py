@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from PIL import Image
 
-from mrl_files import command_line
+from mrl_files import command_line, file_path
 
 MODEL = "mrl1_e0_ff512"
 SHOWN = (2, 4, 8, 64)      # sizes in the picture of neighbours
@@ -27,7 +27,7 @@ def accuracies(folder):
     """-> a data frame: rows = sizes, columns = top-1 of FF, MRL, MRL-E, and of MRL's nearest neighbour; fractions."""
     top1 = pd.read_csv(folder / "figures/accuracy_dataset=V1_tta=False.csv")
     table = top1.pivot(index="size", columns="model", values="top1")[["FF", "MRL", "MRL-E"]]
-    knn = json.loads((folder / f"arrays/knn_dataset=1K_model={MODEL}.json").read_text())
+    knn = json.loads((folder / f"arrays/knn_dataset=1K_model={MODEL}.json").read_text(encoding="utf-8"))
     return table.join(pd.Series(knn["top1"], index=knn["sizes"], name="MRL 1-NN"))
 
 
@@ -103,8 +103,8 @@ def draw(axes, path, colour):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="what demo.sh made")
-    folder = parser.parse_args().folder
+    parser.add_argument("folder", type=file_path, help="what demo.sh made")
+    folder = Path(parser.parse_args().folder)
     table = accuracies(folder)
     table.to_csv(folder / "table.csv", float_format="%.4f")
     plot(table).savefig(folder / "accuracy.png", dpi=150)

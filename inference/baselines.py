@@ -23,7 +23,7 @@ from saved_files import fingerprint, read_arrays
 from tqdm import tqdm
 
 from MRL import FixedFeatureLayer, Matryoshka_CE_Loss, MRL_Linear_Layer
-from mrl_files import InputError, command_line, device_named, number, write_json
+from mrl_files import InputError, command_line, device_named, file_path, number, write_json
 from mrl_models import check_nesting_list, classifier, default_nesting_list
 
 ROWS = 4096                                # evaluated at a time
@@ -150,13 +150,13 @@ def sizes_of(args, about, width):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["knn", "lp", "svd", "ncm"])
-    parser.add_argument("--arrays", default=".", help="folder of the arrays")
+    parser.add_argument("--arrays", type=file_path, default=".", help="folder of the arrays")
     parser.add_argument("--model", default="mrl1_e0_ff2048", help="the model's name in the arrays' names")
     parser.add_argument("--dataset", default="1K", choices=["1K", "V2", "4K"])
     parser.add_argument("--sizes", type=int, nargs="+", help="default: those of the model; for FF 8, 16 ... its width")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", help="folder for the figures (default: that of the arrays)")
-    parser.add_argument("--path", help="svd: the fixed-feature checkpoint")
+    parser.add_argument("--output", type=file_path, help="folder for the figures (default: that of the arrays)")
+    parser.add_argument("--path", type=file_path, help="svd: the fixed-feature checkpoint")
     parser.add_argument("--arch", help="svd: its architecture, where no params.json lies beside it (default resnet50)")
     parser.add_argument("--epochs", type=number(int, 1), default=10, help="lp")
     parser.add_argument("--lr", type=number(float, 0), default=1e-3, help="lp")

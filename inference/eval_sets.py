@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from image_set import ImageSet, some
 
-from mrl_files import InputError
+from mrl_files import InputError, file_path
 
 HERE = Path(__file__).resolve().parent
 SYNSETS, SYNSETS_4K = "imagenet_synsets.txt", "imagenet4k_synsets.txt"
@@ -98,13 +98,13 @@ def find_folder(row, data_root):
 
 def default_roots():
     if "IMAGENET_ROOT" in os.environ:
-        return [Path(os.environ["IMAGENET_ROOT"])]
+        return [Path(file_path(os.environ["IMAGENET_ROOT"]))]
     return [HERE.parents[1] / "IMAGENET", HERE.parent]      # the original's folder; where its README puts the sets
 
 
 def synsets(file):
     """-> the synsets of a class list in label order, which is sorted order (ImageNet-4K's list is not sorted)."""
-    return sorted((HERE / file).read_text().split())
+    return sorted((HERE / file).read_text(encoding="utf-8").split())
 
 
 def label_order(row, folder, found, num_classes, any_classes):

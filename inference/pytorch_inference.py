@@ -23,7 +23,7 @@ from features import DTYPES
 from image_set import dead_workers_named
 from plans import warn
 
-from mrl_files import InputError, command_line, device_named, leave_group, number
+from mrl_files import InputError, command_line, device_named, file_path, leave_group, number
 from mrl_models import check_nesting_list
 
 positive = number(int, 1)
@@ -32,11 +32,12 @@ positive = number(int, 1)
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("--path", nargs="+", action="extend", required=True, help="checkpoint(s); several give a table")
+    parser.add_argument("--path", type=file_path, nargs="+", action="extend", required=True,
+                        help="checkpoint(s); several give a table")
     parser.add_argument("--dataset", help=f"{', '.join(CLASSIFICATION)} (default V1); "
                                           f"with --retrieval {', '.join(RETRIEVAL)} (default 1K)")
-    parser.add_argument("--data_root", help="folder that holds the sets (default: $IMAGENET_ROOT, ../../IMAGENET/, "
-                                            "the repository)")
+    parser.add_argument("--data_root", type=file_path,
+                        help="folder that holds the sets (default: $IMAGENET_ROOT, ../../IMAGENET/, the repository)")
     about_model(parser.add_argument_group("the model, where no params.json lies beside the checkpoint"))
     about_run(parser.add_argument_group("how it runs"))
     about_accuracy(parser.add_argument_group("classification"))
@@ -74,7 +75,7 @@ def about_run(group):
 
 
 def about_accuracy(group):
-    group.add_argument("--output", help="folder for figures and saved outputs (default: this one)")
+    group.add_argument("--output", type=file_path, help="folder for figures and saved outputs (default: this one)")
     group.add_argument("--tta", action="store_true", help="add the logits of the mirrored images")
     for what in SAVED:
         group.add_argument(f"--save_{what}", action="store_true", help=f"write {what} for model_analysis/")
@@ -82,7 +83,7 @@ def about_accuracy(group):
 
 def about_embeddings(group):
     group.add_argument("--retrieval", action="store_true", help="write embeddings instead of classifying")
-    group.add_argument("--retrieval_array_path", help="folder for the arrays (default: this one)")
+    group.add_argument("--retrieval_array_path", type=file_path, help="folder for the arrays (default: this one)")
     group.add_argument("--random_sample_dim", type=positive, help="embed only so many random images of each split")
     group.add_argument("--storage", choices=list(DTYPES), help="number format of the arrays (default fp32)")
 

@@ -14,7 +14,7 @@ import json
 import numpy as np
 import outputs
 
-from mrl_files import InputError, command_line, number, write_json
+from mrl_files import InputError, command_line, file_path, number, write_json
 
 GRID = np.linspace(0.1, 1.0, 100)          # the thresholds that are tried: the original's
 HEADS = ("mrl", "mrl_e")
@@ -143,7 +143,7 @@ def apply(args):
 def read_policy(path):
     """What `learn` wrote, or someone by hand: InputError where a value is missing or of another kind."""
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             policy = json.load(file)
         known = {key: policy[key] for key in ("n", "fraction", "seed", "head", "nesting_list", "checkpoint", "dataset",
                                               "images", "tta")}
@@ -172,10 +172,11 @@ def main():
     for function in (learn, apply):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(run=function)
-        command.add_argument("--folder", default="../inference", help="where pytorch_inference.py saved its files")
+        command.add_argument("--folder", type=file_path, default="../inference",
+                             help="where pytorch_inference.py saved its files")
         command.add_argument("--dataset", default="V1")
         command.add_argument("--tta", action="store_true", help="files made with --tta, as the paper's cascades")
-        command.add_argument("--policy", required=True, help="JSON file")
+        command.add_argument("--policy", type=file_path, required=True, help="JSON file")
     command = commands.choices["learn"]
     command.add_argument("--head", default="mrl", choices=HEADS)
     command.add_argument("--fraction", type=number(float, 0, 1), default=0.2, help="of the images, to tune on; 1: all")

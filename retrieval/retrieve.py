@@ -20,7 +20,7 @@ from neighbors import INDEXES
 from report import in_per_cent, report, report_file, single_shot, write_table
 from stages import Task, reranked, score, scores, searched, serving_index
 
-from mrl_files import command_line, number
+from mrl_files import command_line, file_path, number
 
 COUNT = number(int, 1)
 
@@ -39,8 +39,10 @@ def arguments():
 def add_common(command, several_indexes):
     default = Task()
     add = command.add_argument
-    add("--embeddings", default=default.embeddings, help="folder of the -X.npy and -y.npy files (%(default)s)")
-    add("--output", default=default.output, help="folder for index_files/, neighbors/, report/ (this one)")
+    add("--embeddings", type=file_path, default=default.embeddings,
+        help="folder of the -X.npy and -y.npy files (%(default)s)")
+    add("--output", type=file_path, default=default.output,
+        help="folder for index_files/, neighbors/, report/ (this one)")
     add("--dataset", default=default.dataset, help="1K, V2, 4K or another name that the files begin with (%(default)s)")
     add("--model", default=default.model, choices=MODELS, help="(%(default)s)")
     add("--index", default=[default.index] if several_indexes else default.index, choices=INDEXES,
@@ -74,7 +76,8 @@ def add_stages(command, how):
 
 
 def add_metrics(command):
-    command.add_argument("lists", nargs="*", help=".npy or .csv files (all of the data set and model in neighbors/)")
+    command.add_argument("lists", type=file_path, nargs="*",
+                         help=".npy or .csv files (all of the data set and model in neighbors/)")
     command.add_argument("--ks", type=COUNT, nargs="+", default=KS, help="(10 25 50 100), as far as a list goes")
 
 

@@ -456,8 +456,8 @@ def test_the_shell_script_keeps_paths_whole(place):
     program.chmod(0o755)
     folder = place.here / "a new folder"
     subprocess.run(["./write_imagenet.sh", "500", "0.50", "90"], cwd=ROOT / "train", check=True,
-                   env={**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "WRITE_DIR": str(folder),
-                        "IMAGENET_DIR": str(place.images)})
+                   env={**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "HOME": str(place.here),
+                        "WRITE_DIR": "~/a new folder", "IMAGENET_DIR": str(place.images)})
     words = (folder / "words").read_text().splitlines()
     assert f"--cfg.write_path={folder}/train_500_0.50_90.ffcv" in words
     assert f"--cfg.data_dir={place.images}/val" in words

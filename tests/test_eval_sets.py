@@ -136,8 +136,9 @@ def test_images_without_class_folders(tmp_path, table, name, split):
 def test_missing_set(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"ImageNet-R is not there: .*imagenet-r or .*imagenet-r_; get it from https"):
         opened("R", tmp_path)
-    monkeypatch.setenv("IMAGENET_ROOT", str(tmp_path / "elsewhere"))
-    with pytest.raises(InputError, match="elsewhere/val"):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("IMAGENET_ROOT", "~/elsewhere")
+    with pytest.raises(InputError, match=f"{tmp_path}/elsewhere/val"):
         opened("V1", None)
 
 

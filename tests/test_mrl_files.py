@@ -1,12 +1,15 @@
 """mrl_files.py: whole files, locks, JSON, arrays."""
+import ast
 import errno
 import fcntl
 import json
+import re
 import threading
 import time
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from mrl_files import (
     InputError,
@@ -105,6 +108,42 @@ def test_the_users_home_in_a_path(monkeypatch):
         assert file_path(text) == path
     with pytest.raises(InputError, match=r"~nobody_here/x: there is no user nobody_here \(./~nobody_here/x is"):
         file_path("~nobody_here/x")
+
+
+# ---- what holds for the whole code
+
+def calls():
+    """-> (place, what is called, the call) of every call outside tests/."""
+    for path in sorted(ROOT.glob("[!.t]*/*.py")) + sorted(ROOT.glob("train/*.py")) + sorted(ROOT.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                yield f"{path.relative_to(ROOT)}:{node.lineno}", ast.unparse(node.func), node
+
+
+def words(node):
+    """-> the values of a call's keyword arguments, as text."""
+    return {word.arg: ast.unparse(word.value) for word in node.keywords}
+
+
+def test_every_text_is_read_and_written_as_utf8():
+    """Without an encoding it would be the locale's."""
+    binary = re.compile(r"(Image|tarfile|os)\.open|.*open_memmap")
+    texts = [(place, node) for place, name, node in calls()
+             if re.fullmatch(r"open|.*\.(open|read_text|write_text)", name) and not binary.fullmatch(name)
+             and not any(re.fullmatch("'[rwa+]*b[+]?'", ast.unparse(word)) for word in node.args)]
+    assert len(texts) > 10 and [place for place, node in texts if words(node).get("encoding") != "'utf-8'"] == []
+
+
+def test_every_flag_that_is_a_path_knows_the_users_home():
+    """A flag that takes any text is a path, or one of these."""
+    others = {"--dataset", "--model", "--arch", "--head", "--device", "--index", "--dump", "value"}
+    flags = [(f"{place} {ast.unparse(node.args[0])}", ast.literal_eval(node.args[0]), words(node))
+             for place, name, node in calls() if re.fullmatch(r".*add_argument|add", name) and node.args
+             and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str)]
+    paths = [place for place, _, given in flags if given.get("type") == "file_path"]
+    free = [place for place, flag, given in flags if flag not in others and not {"choices", "action"} & given.keys()
+            and given.get("type", "str") in ("str", "Path")]
+    assert len(paths) > 20 and free == []
 
 
 def test_json(tmp_path):

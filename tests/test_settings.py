@@ -1,10 +1,14 @@
 """Settings: every key of the YAML files is declared with the original's defaults; bad values stop with one line."""
+import os
+import re
+import subprocess
 import sys
 
 import pytest
+import write_imagenet
 import yaml
 from conftest import ROOT
-from settings import as_dict, read_settings
+from settings import PATH, as_dict, read_settings
 from train_imagenet import CONFIG
 
 from mrl_files import InputError
@@ -22,7 +26,7 @@ def read(monkeypatch, *words, required=REQUIRED):
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.name)
 def test_yaml_files_are_read(monkeypatch, path):
     settings = as_dict(read(monkeypatch, "--config-file", path))
-    for section, values in yaml.safe_load(path.read_text()).items():
+    for section, values in yaml.safe_load(path.read_text(encoding="utf-8")).items():
         for key, value in values.items():
             if f"--{section}.{key}" not in " ".join(REQUIRED):
                 assert settings[section][key] == value, f"{section}.{key}"
@@ -80,6 +84,37 @@ def test_bad_yaml(monkeypatch, tmp_path, content, said):
     (tmp_path / "a.yaml").write_text(content)
     with pytest.raises(InputError, match=said):
         read(monkeypatch, "--config-file", tmp_path / "a.yaml")
+
+
+def test_the_users_home_in_every_path(monkeypatch, tmp_path):
+    """As flags and in a file; the file's own path too."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text("data:\n  train_dataset: ~/a\ntraining:\n  path: ~/b\n")
+    flags = [f"--{name}=~/{name}" for name in ("data.val_dataset", "logging.folder", "model.init_from",
+                                               "training.resume")]
+    s = read(monkeypatch, *flags, "--config-file", "~/a.yaml", required=REQUIRED[2:4])
+    assert (s.data.train_dataset, s.training.path) == (f"{tmp_path}/a", f"{tmp_path}/b")
+    assert [s.data.val_dataset, s.logging.folder, s.model.init_from, s.training.resume] == \
+        [f"{tmp_path}/{flag.partition('=~/')[2]}" for flag in flags]
+
+
+def test_settings_that_are_paths_are_declared_so():
+    """In both scripts, by their names."""
+    for config in (CONFIG, write_imagenet.CONFIG):
+        for (section, name), param in config.entries.items():
+            named = re.search(r"^(folder|path|resume|init_from)$|_(dir|path|dataset)$", name)
+            assert bool(named) == (param.checker is PATH), f"{section}.{name}"
+
+
+def test_yaml_is_utf8_whatever_the_locale(tmp_path):
+    """In a process of its own: the locale is Python's from its start."""
+    (tmp_path / "a.yaml").write_text("logging:\n  folder: /läufe/日本  # é\n", encoding="utf-8")
+    program = ("import sys, settings, train_imagenet; sys.argv = ['t', '--config-file', sys.argv[1], *sys.argv[2:]]\n"
+               "print(ascii(settings.read_settings(train_imagenet.CONFIG, '').logging.folder))")
+    done = subprocess.run([sys.executable, "-X", "utf8=0", "-c", program, tmp_path / "a.yaml", *REQUIRED[:4]],
+                          env=os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}, cwd=ROOT / "train",
+                          capture_output=True, text=True)
+    assert done.stdout == ascii("/läufe/日本") + "\n", done.stderr
 
 
 def test_an_unknown_flag_is_refused(monkeypatch, capsys):

@@ -153,14 +153,14 @@ def read(path, run=None):
 def append_log(folder, record):
     """A line of JSON, which knows no NaN: null."""
     record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    with open(folder / "log", "a") as file:
+    with open(folder / "log", "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def read_log(folder):
     """-> list of the log's records; a line that a killed run left unfinished is dropped."""
     records = []
-    for line in (folder / "log").read_text().splitlines() if (folder / "log").exists() else []:
+    for line in (folder / "log").read_text(encoding="utf-8").splitlines() if (folder / "log").exists() else []:
         try:
             records.append(json.loads(line))
         except ValueError:
@@ -172,4 +172,4 @@ def forget_after(folder, epoch):
     """Drop the log's records of epochs that will run again."""
     kept = [record for record in read_log(folder) if record["epoch"] < epoch]
     with replacing(folder / "log") as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")

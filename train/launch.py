@@ -59,7 +59,8 @@ def torchrun_name():
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     if run_id != "none":
         return run_id
-    started = Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")")[-1].split()[19]     # torchrun's own start
+    stat = Path(f"/proc/{os.getppid()}/stat").read_bytes()      # torchrun's
+    started = stat.decode(errors="replace").rsplit(")")[-1].split()[19]
     return str(uuid.uuid5(uuid.NAMESPACE_OID, f"{socket.gethostname()} {os.getppid()} {started}"))
 
 

@@ -24,6 +24,9 @@ class FilePath(Checker):
         return "a path"
 
 
+PATH = FilePath()
+
+
 def read_settings(config, description, defaults=None):
     """-> namespace of the config's sections (settings.lr.lr), None where nothing is set.
 

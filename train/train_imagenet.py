@@ -24,10 +24,10 @@ from ffcv_files import check_files
 from loaders import train_loader, val_loader
 from recipe import check_images, make_model, model_spec
 from seeded_crop import SCALE
-from settings import as_dict, looked_up, read_settings
+from settings import PATH, as_dict, looked_up, read_settings
 from trainer import Trainer
 
-from mrl_files import InputError, command_line
+from mrl_files import InputError, command_line, file_path
 
 SWITCH = And(int, OneOf([0, 1]))
 COUNT = And(int, InRange(min=1))
@@ -44,7 +44,7 @@ Section("model", "the network", CONFIG).params(
     fixed_feature=Param(COUNT, "neither mrl nor efficient: size of the fixed-feature baseline [default: all features]"),
     relative_importance=Param(str, "weights of the sizes' losses, such as 2,1,1,1,1,1,1,1,1 [default: all 1]"),
     num_classes=Param(COUNT, "number of classes", default=1000),
-    init_from=Param(str, "fine-tune: begin with the backbone of this final_weights.pt; the head begins anew"),
+    init_from=Param(PATH, "fine-tune: begin with the backbone of this final_weights.pt; the head begins anew"),
     trainable=Param(str, "fine-tune: parts that learn, such as fc,layer4.2.conv3 (the others stay as they are)"),
 )
 Section("resolution", "progressive resizing", CONFIG).params(
@@ -54,8 +54,8 @@ Section("resolution", "progressive resizing", CONFIG).params(
     end_ramp=Param(EPOCH, "epoch", default=0),
 )
 Section("data", "files of write_imagenet.sh", CONFIG).params(
-    train_dataset=Param(str, ".ffcv file", required=True),
-    val_dataset=Param(str, ".ffcv file", required=True),
+    train_dataset=Param(PATH, ".ffcv file", required=True),
+    val_dataset=Param(PATH, ".ffcv file", required=True),
     num_workers=Param(int, "decoding threads of each process", required=True),
     in_memory=Param(SWITCH, "the training file fits in memory", required=True),
 )
@@ -67,7 +67,7 @@ Section("lr", "learning rate: 1.7 * global batch / 4096 for ResNet50", CONFIG).p
     step_length=Param(COUNT, "step: epochs between steps", default=30),
 )
 Section("logging", "what is left behind", CONFIG).params(
-    folder=Param(str, "where run folders are made", required=True),
+    folder=Param(PATH, "where run folders are made", required=True),
     name=Param(str, "name of the run folder [default: a new uuid]; a named run that was stopped goes on"),
     log_level=Param(And(int, OneOf([0, 1, 2])), "0: validate at the end; 1: each epoch; 2: also the loss in the bar",
                     default=1),
@@ -79,7 +79,7 @@ Section("validation", "validation", CONFIG).params(
 )
 Section("training", "training", CONFIG).params(
     eval_only=Param(SWITCH, "only validate the weights in path", default=0),
-    path=Param(str, "weights for eval_only"),
+    path=Param(PATH, "weights for eval_only"),
     batch_size=Param(COUNT, "per process", default=512),
     optimizer=Param(And(str, OneOf(["sgd"])), "optimiser", default="sgd"),
     momentum=Param(And(float, InRange(min=0)), "momentum", default=0.9),
@@ -97,7 +97,7 @@ Section("training", "training", CONFIG).params(
     precision=Param(And(str, OneOf(["fp16", "bf16", "fp32"])), "[default: fp16 on a GPU, fp32 on a CPU]"),
     compile=Param(SWITCH, "torch.compile", default=0),
     seed=Param(And(int, InRange(min=0, max=2 ** 32 - 1)), "initial weights, order, crops and flips", default=0),
-    resume=Param(str, "run folder to continue, with its own settings"),
+    resume=Param(PATH, "run folder to continue, with its own settings"),
 )
 Section("dist", "processes started by this script; under torchrun its environment wins", CONFIG).params(
     world_size=Param(COUNT, "processes, one per GPU", default=1),
@@ -182,7 +182,7 @@ def open_folder(folder, settings, spec):
 
 
 def main():
-    folder = looked_up("--training.resume", type=Path)      # the settings come from there
+    folder = looked_up("--training.resume", type=lambda text: Path(file_path(text)))      # the settings come from there
     settings = read_settings(CONFIG, __doc__, checkpoint.saved_settings(folder) if folder else None)
     if settings.training.resume and not folder:
         raise InputError("training.resume in a config file: give --training.resume on the command line")

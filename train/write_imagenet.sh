@@ -16,6 +16,7 @@ usage="usage: IMAGENET_DIR=... WRITE_DIR=... ./write_imagenet.sh MAX_RESOLUTION 
 [ $# -eq 3 ] || { echo "error: $usage" >&2; exit 2; }
 : "${IMAGENET_DIR:?error: set IMAGENET_DIR to the folder that holds train/ and val/. $usage}"
 : "${WRITE_DIR:?error: set WRITE_DIR to the folder to write to. $usage}"
+IMAGENET_DIR=${IMAGENET_DIR/#\~\//${HOME:-}/} WRITE_DIR=${WRITE_DIR/#\~\//${HOME:-}/}      # as in export WRITE_DIR="~/ffcv"
 here=$(dirname "${BASH_SOURCE[0]}")      # no cd: paths are relative to where the user stands
 mkdir -p "$WRITE_DIR"
 

@@ -5,6 +5,7 @@
     image = read_rgb(image_path(folder, classes[labels[0]], files[0]))
 """
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +21,28 @@ def read_rgb(path):
     Whatever the decoder raises for broken bytes or for a picture of billions of pixels, and ValueError for pixels of 32
     bits, whose range a file does not tell.
     """
-    with Image.open(path) as image:
-        if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):      # Pillow names it both ways
-            return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
-        if image.mode in ("I", "F"):
-            raise ValueError("pixels of 32 bits: save it with 8 or 16 bits a channel")
-        return image.convert("RGB")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")        # of large pictures, odd palettes and EXIF: none of them changes a pixel
+        with Image.open(path) as image:
+            return as_rgb(image)
+
+
+def as_rgb(image):
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):      # Pillow names it both ways
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("pixels of 32 bits: save it with 8 or 16 bits a channel")
+    return image.convert("RGB")
 
 
 def class_folders(folder):
-    """-> the names of the class folders, sorted; hidden ones (.ipynb_checkpoints) are none."""
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    """-> the names of the class folders, sorted; none are hidden ones (.ipynb_checkpoints) and links that lead back up.
+
+    OSError for a folder that may not be read.
+    """
+    above = with_parents(folder)
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")
+                  and os.path.realpath(entry.path) not in above)
 
 
 def label_order(names, folder):
@@ -83,19 +95,26 @@ def image_names(folder, class_name):
         raise error
 
     top = os.path.join(folder, class_name)
-    seen, found = {(at.st_dev, at.st_ino) for at in map(os.stat, [top, *Path(top).resolve().parents])}, []
+    seen, found = with_parents(top), []
     for base, folders, names in os.walk(top, onerror=stop, followlinks=True):
-        folders[:] = [name for name in sorted(folders) if not name.startswith(".") and new(base, name, seen)]
+        folders[:] = [name for name in sorted(folders)
+                      if not name.startswith(".") and new(os.path.join(base, name), seen)]
         found.append((base, [name for name in sorted(names) if is_image(name)]))
     paths = [os.path.join(base, name) for base, names in sorted(found) for name in names]
     return np.array([os.fsencode(path[len(top) + 1:]) for path in paths], dtype=bytes)
 
 
-def new(base, name, seen):
+def with_parents(folder):
+    """-> the real paths of a folder and of all those that hold it."""
+    real = Path(os.path.realpath(folder))
+    return {str(path) for path in (real, *real.parents)}
+
+
+def new(path, seen):
     """Is this folder not among those seen? Now it is."""
-    at = os.stat(os.path.join(base, name))
-    fresh = (at.st_dev, at.st_ino) not in seen
-    seen.add((at.st_dev, at.st_ino))
+    real = os.path.realpath(path)
+    fresh = real not in seen
+    seen.add(real)
     return fresh
 
 

@@ -6,6 +6,7 @@
 All sizes share one forward pass; each has a backward pass of its own, from its head to the last layer with maps.
 Read by GradCAM.ipynb. Letters: N images, C classes, G sizes, K channels of h x w maps.
 """
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from mrl_files import InputError, reason
-from mrl_images import class_folders, is_image, label_order, printable, read_rgb
+from mrl_images import class_folders, image_names, label_order, printable, read_rgb
 from mrl_models import MEAN, STD, stack_logits
 
 BATCH = 16
@@ -97,8 +98,8 @@ def explain(model, paths, target=None, layer=None, resize=256, crop=224):
 def image_paths(path):
     """One image, or a folder with images at any depth -> sorted paths."""
     path = Path(path)
-    inside = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    found = [path] if path.is_file() else sorted(p for p in inside if is_image(p.name))
+    names = image_names(path, ".") if path.is_dir() else []
+    found = [path] if path.is_file() else sorted(path / os.fsdecode(name) for name in names)
     if not found:
         raise InputError(f"{path}: no such image, or a folder without images")
     return found

@@ -1,7 +1,9 @@
 """Which .ffcv files are refused, and with which words."""
+import shutil
+
 import pytest
 from ffcv.reader import Reader
-from ffcv_files import check_file
+from ffcv_files import check_file, check_files, companion
 
 from mrl_files import InputError
 
@@ -20,3 +22,16 @@ def test_files_that_are_refused(ffcv_folder, tmp_path):
         check_file(tmp_path / "missing.ffcv", 3)
     with pytest.raises(InputError, match=r"labels run from 0 to 2, model.num_classes=2"):
         check_file(train_file, 2)
+
+
+def test_two_files_of_one_data_set(ffcv_folder):
+    assert check_files(ffcv_folder / "train_500_0.50_90.ffcv", ffcv_folder / "val_500_uncompressed.ffcv", 3) == 60
+
+
+def test_class_names_of_another_file_are_refused(ffcv_folder, tmp_path):
+    """Its own were lost, or it was put in the other's place."""
+    train, val = ffcv_folder / "train_500_0.50_90.ffcv", tmp_path / "val.ffcv"
+    shutil.copy(ffcv_folder / "val_500_uncompressed.ffcv", val)
+    shutil.copy(companion(train), companion(val))
+    with pytest.raises(InputError, match=r"val.ffcv: has 34 images, but val.ffcv.json beside it says 60; remove"):
+        check_files(train, val, 3)

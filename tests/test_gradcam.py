@@ -172,8 +172,10 @@ def test_16_bits_look_as_8_do(tmp_path):
     torch.testing.assert_close(*(gradcam.picture(tmp_path / f"{bits}.png", 8, 8) for bits in (8, 16)), rtol=0, atol=0)
 
 
-def test_hidden_files_are_no_images(tmp_path):
-    for name in ("a/0.png", "a/._0.png", ".ipynb_checkpoints/1.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+def test_hidden_files_are_no_images_and_links_are_followed_once(tmp_path):
+    for name in ("set/a/0.png", "set/a/._0.png", "set/.ipynb_checkpoints/1.png", "elsewhere/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         Image.new("L", (8, 8)).save(tmp_path / name)
-    assert gradcam.image_paths(tmp_path) == [tmp_path / "a/0.png"]
+    (tmp_path / "set/b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/up").symlink_to(tmp_path)
+    assert gradcam.image_paths(tmp_path / "set") == [tmp_path / "set/a/0.png", tmp_path / "set/b/2.png"]

@@ -53,6 +53,18 @@ BY_RULE = {"train": {CLASSES[0]: [f"{CLASSES[0]}_{i}.JPEG" for i in (1, 10, 11)]
                    CLASSES[1]: [f"{CLASSES[1]}_{i}.JPEG" for i in (4, 5)]}}
 
 
+def test_hidden_files_and_folders_are_neither_images_nor_classes(command, source):
+    """macOS leaves ._0.JPEG beside 0.JPEG, in folders and tar files; file browsers and notebooks leave folders."""
+    (source / CLASSES[0] / "._0.JPEG").write_text("no image")
+    with tarfile.open(source / f"{CLASSES[1]}.tar", "a") as tar:
+        tar.add(source / CLASSES[0] / "._0.JPEG", arcname="._0.JPEG")
+    folder = command()
+    assert built(folder) == BY_RULE
+    for hidden in (folder / "val" / CLASSES[0] / ".thumbnails", folder / "val/.ipynb_checkpoints"):
+        hidden.mkdir()
+    command()
+
+
 def test_class_list():
     ids = b.class_ids()
     lines = (ROOT / "imagenet-4k" / "IDtoClass.txt").read_text().splitlines()

@@ -33,6 +33,24 @@ def test_pixels_of_32_bits_are_refused(tmp_path, kind):
         read_rgb(tmp_path / "a.tif")
 
 
+@pytest.mark.parametrize("mode", ["1", "LA", "P", "CMYK", "RGBA"])
+def test_other_modes_are_converted_as_pillow_does(tmp_path, mode):
+    image = Image.fromarray(GREY[..., None].repeat(3, 2)).convert(mode)
+    image.save(tmp_path / "a.tif")
+    np.testing.assert_array_equal(read_rgb(tmp_path / "a.tif"), np.asarray(image.convert("RGB")))
+
+
+def test_what_pillow_warns_of_is_read_without_a_word(tmp_path, monkeypatch):
+    """A palette with transparency; more pixels than Pillow's limit. Above twice the limit it raises an error."""
+    Image.fromarray(GREY).convert("P").save(tmp_path / "a.png", transparency=bytes(range(256)))
+    for limit in (63, 32):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        np.testing.assert_array_equal(read_rgb(tmp_path / "a.png"), GREY[..., None].repeat(3, 2))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 31)
+    with pytest.raises(Image.DecompressionBombError):
+        read_rgb(tmp_path / "a.png")
+
+
 def make(folder, *names):
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -50,9 +68,10 @@ def test_each_real_folder_is_read_once(tmp_path):
     """A link that leads back up holds all classes; one that leads to a folder of its own is followed."""
     make(tmp_path, "set/a/0.png", "set/a/deep/1.png", "set/b/0.png", "elsewhere/2.png")
     for link, target in {"set/a/up": "set", "set/a/deep/self": "set/a/deep", "set/a/more": "elsewhere",
-                         "set/a/again": "elsewhere", "set/c": "elsewhere"}.items():
+                         "set/a/again": "elsewhere", "set/c": "elsewhere", "set/self": "set", "set/up": "."}.items():
         (tmp_path / link).symlink_to(tmp_path / target)
-    files, labels = list_images(tmp_path / "set", class_folders(tmp_path / "set"))
+    assert class_folders(tmp_path / "set") == ["a", "b", "c"]
+    files, labels = list_images(tmp_path / "set", ["a", "b", "c"])
     assert files.tolist() == [b"0.png", b"again/2.png", b"deep/1.png", b"0.png", b"2.png"]
     assert labels.tolist() == [0, 0, 0, 1, 2]
 

@@ -16,28 +16,32 @@ def check_files(train, val, num_classes):
     """-> number of training images, if both files are complete, with labels below num_classes, and made from the same
     classes; InputError otherwise."""
     images = check_file(train, num_classes)
-    check_file(val, num_classes, least_side=2)      # of one pixel, the centre crop is empty
-    train_classes, val_classes = (read_classes(path) for path in (train, val))
+    train_classes, val_classes = read_classes(train, images), read_classes(val, check_file(val, num_classes))
     if train_classes and val_classes:
         check_same_classes(train, train_classes, val, val_classes)
     return images
 
 
-def read_classes(path):
-    """-> the names of the classes, from the .json that write_imagenet.py leaves; None where there is none."""
-    return (read_json(Path(path).with_suffix(".json")) or {}).get("classes")
+def companion(path):
+    """-> where the names of a file's classes are kept."""
+    return Path(f"{path}.json")
 
 
-def check_file(path, num_classes, least_side=1):
+def read_classes(path, images):
+    """-> the names of the classes of a file of so many images; None where none are kept, as beside the original's."""
+    said = read_json(companion(path)) or {"n": images}
+    if said.get("n") != images:
+        raise InputError(f"{path}: has {images} images, but {companion(path).name} beside it says {said.get('n')}; "
+                         "remove the .json of another file, or run write_imagenet.sh again")
+    return said.get("classes")
+
+
+def check_file(path, num_classes):
     """-> number of images of a complete .ffcv file with labels below num_classes; InputError otherwise."""
     check_complete(Path(path))
     reader = opened(path)
     if not pixels_are_there(reader.metadata["f0"], reader.alloc_table, Path(path).stat().st_size):
         raise InputError(f"{path}: damaged (images lie outside the file); run write_imagenet.sh again")
-    sides = np.minimum(reader.metadata["f0"]["height"], reader.metadata["f0"]["width"])
-    if sides.min() < least_side:
-        raise InputError(f"{path}: image {sides.argmin()} is one pixel wide or high, too little for validation's crop; "
-                         "leave it out and run write_imagenet.sh again")
     labels = reader.metadata["f1"]
     if labels.min() < 0 or labels.max() >= num_classes:
         raise InputError(f"{path}: labels run from {labels.min()} to {labels.max()}, model.num_classes={num_classes}")

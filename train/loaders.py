@@ -41,9 +41,22 @@ def val_loader(path, batch_size, num_workers, resolution, device, rank=0, world_
     """Centre crops in file order; process `rank` reads images rank, rank + world_size, ...: each image exactly once."""
     mine = np.arange(Reader(str(path)).num_samples, dtype=np.uint64)[rank::world_size]
     batch_size = min(batch_size, max(1, len(mine)))      # FFCV holds memory for whole batches
-    crop = CenterCropRGBImageDecoder((resolution, resolution), VALIDATION_RATIO)
+    crop = CentreCrop((resolution, resolution), VALIDATION_RATIO)
     return Loader(str(path), batch_size, workers(num_workers), os_cache=True, order=OrderOption.SEQUENTIAL,
                   indices=mine, drop_last=False, pipelines=pipelines(crop, device))
+
+
+class CentreCrop(CenterCropRGBImageDecoder):
+    """FFCV's, but never empty: of an image one pixel wide FFCV takes nothing, and OpenCV aborts."""
+
+    @property
+    def get_crop_generator(self):
+        return centre_crop
+
+
+def centre_crop(height, width, _, ratio):
+    side = max(1, int(ratio * min(height, width)))
+    return (height - side) // 2, (width - side) // 2, side, side
 
 
 def pipelines(image_decoder, device):

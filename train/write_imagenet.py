@@ -22,8 +22,9 @@ from fastargs.validation import And, InRange, OneOf
 from ffcv import writer as ffcv_writer
 from ffcv.fields import IntField, RGBImageField
 from ffcv.writer import MIN_PAGE_SIZE, DatasetWriter
+from ffcv_files import companion
 from PIL import Image
-from settings import read_settings
+from settings import PATH, read_settings
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
 
@@ -42,8 +43,8 @@ CONFIG = Config()
 Section("cfg", "what to write", CONFIG).params(
     dataset=Param(And(str, OneOf(["cifar", "imagenet"])), "data set", default="imagenet"),
     split=Param(And(str, OneOf(["train", "val"])), "train or val", required=True),
-    data_dir=Param(str, "folder of the images: one folder per class", required=True),
-    write_path=Param(str, "the .ffcv file to write", required=True),
+    data_dir=Param(PATH, "folder of the images: one folder per class", required=True),
+    write_path=Param(PATH, "the .ffcv file to write", required=True),
     write_mode=Param(And(str, OneOf(["raw", "smart", "jpg", "proportion"])), "how pixels are stored", default="smart"),
     max_resolution=Param(And(int, InRange(min=1, max=20000)), "longest side; larger images are shrunk", required=True),
     num_workers=Param(And(int, InRange(min=1, max=16 * os.cpu_count())), "processes", default=16),
@@ -74,9 +75,6 @@ class ClassFolders(Dataset):
         return image_path(self.folder, self.classes[self.labels[index]], self.files[index])
 
 
-LEAST_SIDE = {"train": 1, "val": 2}      # validation takes a centre crop of 224/256: of one pixel, nothing
-
-
 def open_dataset(cfg):
     """-> a data set of (RGB image, label) with the names of its classes."""
     try:
@@ -85,25 +83,22 @@ def open_dataset(cfg):
         dataset = ClassFolders(cfg.data_dir)
     except (RuntimeError, FileNotFoundError, InputError) as error:
         raise InputError(f"--cfg.data_dir={cfg.data_dir}: {reason(error)}") from None
-    check_other_split(Path(cfg.data_dir), cfg.split, dataset.classes)
+    check_other_split(Path(cfg.data_dir).absolute(), dataset.classes)
     return dataset
 
 
-def check_other_split(folder, split, classes):
-    """The folders train/ and val/ that lie beside each other are one data set."""
-    other = folder.parent / {"train": "val", "val": "train"}[split]
-    if folder.name == split and other.is_dir():
-        check_same_classes(folder, classes, other, class_folders(other))
+def check_other_split(folder, classes):
+    """The folders train/ and val/ that lie beside each other are one data set; one that is not filled yet is none."""
+    other = folder.parent / {"train": "val", "val": "train"}.get(folder.name, folder.name)
+    if other != folder and other.is_dir() and (others := class_folders(other)):
+        check_same_classes(folder, classes, other, others)
 
 
 class Readable(Dataset):
-    """The first n items; an image that cannot be used is named and counted, for FFCV waits for ever on an exception.
+    """The first n items; an image that cannot be used is named and counted, for FFCV waits for ever on an exception."""
 
-    least: pixels of the shorter side, at least, after images have been shrunk to max_resolution.
-    """
-
-    def __init__(self, dataset, n, max_resolution, least):
-        self.dataset, self.n, self.max_resolution, self.least = dataset, n, max_resolution, least
+    def __init__(self, dataset, n, max_resolution):
+        self.dataset, self.n, self.max_resolution = dataset, n, max_resolution
         self.unreadable = multiprocessing.Value("q", 0)
 
     def __len__(self):
@@ -114,8 +109,8 @@ class Readable(Dataset):
         try:
             image, label = self.dataset[index]
             shrunk = min(1, self.max_resolution / max(image.size))
-            if int(shrunk * min(image.size)) < self.least:
-                raise ValueError(f"{image.size[0]} x {image.size[1]} pixels are too few or too thin")
+            if int(shrunk * min(image.size)) < 1:
+                raise ValueError(f"{image.size[0]} x {image.size[1]} pixels are too thin to be shrunk")
             return image, label
         except Exception as error:      # whatever a decoder makes of broken bytes
             with self.unreadable.get_lock():
@@ -176,14 +171,12 @@ def page_size(max_resolution):
 
 def write(cfg):
     dataset = open_dataset(cfg)
-    images = Readable(dataset, len(dataset) if cfg.subset < 0 else min(cfg.subset, len(dataset)), cfg.max_resolution,
-                      least=LEAST_SIDE[cfg.split])
+    images = Readable(dataset, len(dataset) if cfg.subset < 0 else min(cfg.subset, len(dataset)), cfg.max_resolution)
     if not len(images):
         raise InputError("--cfg.subset=0: no image to write")
     compress = {} if cfg.compress_probability is None else {"compress_probability": cfg.compress_probability}
     image = RGBImageField(write_mode=cfg.write_mode, max_resolution=cfg.max_resolution,
                           jpeg_quality=cfg.jpeg_quality, **compress)
-    companion = Path(cfg.write_path).with_suffix(".json")
     with replacing(cfg.write_path) as path:
         writer = DatasetWriter(str(path), {"image": image, "label": IntField()}, num_workers=cfg.num_workers,
                                page_size=page_size(cfg.max_resolution))
@@ -192,8 +185,8 @@ def write(cfg):
         if images.unreadable.value:
             raise InputError(f"--cfg.data_dir={cfg.data_dir}: {images.unreadable.value} of {len(images)} images "
                              "cannot be read (named above); nothing written")
-        companion.unlink(missing_ok=True)      # it never describes another file
-    write_json(companion, {"classes": dataset.classes, "n": len(images), "split": cfg.split})
+        companion(cfg.write_path).unlink(missing_ok=True)      # it never describes another file
+    write_json(companion(cfg.write_path), {"classes": dataset.classes, "n": len(images), "split": cfg.split})
     print(f"wrote {cfg.write_path}: {len(images)} images, {os.path.getsize(cfg.write_path) / 1e6:.1f} MB")
 
 

@@ -220,7 +220,7 @@ def foreign_zip(path):
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError):
-        return f"cut off, a checkpoint or another zip archive: {AGAIN}"
+        return f"truncated (a checkpoint or another zip archive): {AGAIN}"
     if any(name.endswith("/constants.pkl") for name in names):
         return "a TorchScript archive: save the model's state_dict() instead"
     if not any(name.endswith("data.pkl") for name in names):

@@ -280,7 +280,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
 FOREIGN = {
     "a git-LFS pointer.* git lfs pull": POINTER, "a web page .*download the file itself again": b"\n<!DOCTYPE html>",
     "packed .gzip.*unpack it": gzip.compress(b"weights"), "packed .*unpack": lzma.compress(b"weights"),
-    "a zip archive of run/w.pt": zipped("run/w.pt", b"weights"), "cut off": zipped("w/data.pkl", b"x" * 500)[:200],
+    "a zip archive of run/w.pt": zipped("run/w.pt", b"weights"), "truncated": zipped("w/data.pkl", b"x" * 500)[:200],
     "a TorchScript archive": zipped("w/constants.pkl", b""), "a tar archive": b"w.pt".ljust(257, b"\0") + b"ustar",
     "a safetensors file": (60).to_bytes(8, "little") + b'{"fc.weight":{"dtype":"F32"}}',      # 60 is a "<"
     "an image": picture("PNG"), "(an image)": picture("JPEG"), "a NumPy array": b"\x93NUMPY\1\0",

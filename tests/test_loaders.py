@@ -1,5 +1,7 @@
 """FFCV loaders: the same pixels from the same seed, and each image once in validation."""
+import gc
 import hashlib
+import weakref
 
 import loaders
 import numpy as np
@@ -109,3 +111,24 @@ def test_no_compiled_operation_comes_after_to_tensor():
     for device in ("cpu", "cuda"):
         names = [type(op).__name__ for op in loaders.pipelines(SeededCrop((32, 32)), device)["image"]]
         assert names == ["SeededCrop", "ToTensor", "ToDevice"][:2 + (device == "cuda")]
+
+
+def test_an_iterator_is_gone_after_its_epoch(train_file):
+    """With its buffers: at a batch of 512, hundreds of MB on the GPU and 2 GB of pinned memory. No cycle may hold it
+    until the next full garbage collection."""
+    gc.collect()
+    gc.disable()
+    try:
+        train = loaders.train_loader(train_file, 8, 1, 1, 32, 7, "cpu")
+        val = loaders.val_loader(train_file, 8, 1, 32, "cpu")
+        for start, batches in ((lambda: train.epoch(0), 9), (lambda: train.epoch(1), 2), (lambda: iter(val), 9)):
+            iterator = start()
+            for _ in range(batches):      # 9: to its end; 2: closed in the middle
+                next(iterator, None)
+            iterator.close()
+            iterator.join()
+            alive = weakref.ref(iterator)
+            del iterator
+            assert alive() is None
+    finally:
+        gc.enable()

@@ -1,0 +1,102 @@
+"""The training step and validation on tensors that say they are on cuda:0 and hold no numbers (FakeTensorMode).
+
+PyTorch computes each operation's device, dtype and layout as for a GPU. A mix-up of devices raises; so does whatever
+waits for the device, for there is no number to wait for.
+"""
+import sys
+
+import kill_and_resume
+import launch
+import pytest
+import torch
+import train_imagenet
+from loaders import normalise
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from trainer import Trainer
+
+from mrl_models import count
+
+
+def move(module, device, memory_format=None):
+    """nn.Module.to puts new numbers into the old parameters; of another kind of tensor it cannot."""
+    for part in module.modules():
+        for name, value in {**part._parameters, **part._buffers}.items():
+            if value is not None:
+                formatted = {"memory_format": memory_format} if memory_format and value.dim() == 4 else {}
+                moved = value.detach().to(device, **formatted)
+                learns = isinstance(value, nn.Parameter)
+                setattr(part, name, nn.Parameter(moved, value.requires_grad) if learns else moved)
+    return module
+
+
+def fused_sgd(parameters, gradients, momenta, **_):
+    """What the kernel of a GPU demands of its lists. (PyTorch has compared the devices before.)"""
+    for parameter, gradient, momentum in zip(parameters, gradients, momenta, strict=True):
+        assert parameter.stride() == gradient.stride() == momentum.stride() and parameter.dtype == gradient.dtype
+
+
+LIBRARY = torch.library.Library("aten", "IMPL", "Meta")      # gone with this object
+LIBRARY.impl("_fused_sgd_", fused_sgd)
+
+
+@pytest.fixture
+def make_trainer(monkeypatch, tmp_path):
+    monkeypatch.setattr(nn.Module, "to", move)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+
+    def backward(loss):
+        """The engine asks for a real GPU; each parameter gets a gradient of its own form."""
+        assert loss.dtype == torch.float32 and loss.device == torch.device("cuda:0")
+        for parameter in made[0].model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+
+    made = []
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+
+    def make(*changes):
+        words = kill_and_resume.command("a", tmp_path, "run", "--training.device=cuda", *changes)
+        monkeypatch.setattr(sys, "argv", words[1:])
+        settings = train_imagenet.read_settings(train_imagenet.CONFIG, "")
+        spec = train_imagenet.model_spec(settings)
+        made.append(Trainer(launch.Process(device=torch.device("cuda:0")), settings, spec, tmp_path))
+        return made[0]
+    return make
+
+
+def batch(n, pixels):
+    return (torch.randint(256, (n, pixels, pixels, 3), dtype=torch.uint8, device="cuda:0"),
+            torch.zeros(n, 1, dtype=torch.int64, device="cuda:0"))
+
+
+@pytest.mark.parametrize("changes", [
+    ["--model.mrl=1"], ["--model.mrl=0", "--model.efficient=1"], ["--model.mrl=0", "--model.fixed_feature=16"],
+    ["--training.precision=bf16"], ["--training.precision=fp32"],
+    ["--training.use_blurpool=1", "--model.trainable=fc"]],
+    ids=lambda changes: " ".join(changes))
+def test_a_step_and_a_validation_stay_on_the_gpu(make_trainer, changes):
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        trainer, layouts = make_trainer(*changes), []
+        half = {torch.float16, torch.bfloat16} if "fp32" not in changes[-1] else {torch.float32}
+        for module in trainer.model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(lambda module, given, made: layouts.append(
+                    (made.dtype, made.is_contiguous(memory_format=torch.channels_last))))
+        for pixels in (32, 64):
+            trainer.losses += trainer.train_step(*batch(8, pixels), 0.1)
+        assert {dtype for dtype, _ in layouts} <= half and trainer.losses.device == torch.device("cuda:0")
+        assert all(channels_last for _, channels_last in layouts) or "bf16" in changes[-1]      # PyTorch's stand-in
+        assert all(group["fused"] for group in trainer.optimizer.param_groups)
+        trainer.model.eval()
+        with torch.no_grad(), trainer.autocast:
+            images, labels = batch(5, 32)
+            logits = trainer.val_logits(normalise(images, trainer.mean, trainer.std))
+            sums = count(logits, labels.flatten())
+    assert logits.dtype == torch.float32 and sums.device == logits.device == torch.device("cuda:0")
+
+
+def test_waiting_for_the_device_is_seen():
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
+        torch.zeros(1, device="cuda:0").item()

@@ -1,8 +1,10 @@
 """mrl_images: pixels of every kind of file, and which folders and files count."""
 import os
+import re
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from mrl_files import InputError
@@ -102,3 +104,11 @@ def test_names_that_are_not_utf8(tmp_path):
     ((file,), _) = list_images(tmp_path, ["a"])
     path = image_path(tmp_path, "a", file)
     assert path.exists() and printable(path).endswith(r"a/\xff.png")
+
+
+@pytest.mark.parametrize("folder", ["train", "inference", "model_analysis"])
+def test_there_is_no_other_reader(folder):
+    """Three readers gave the same 16-bit file three kinds of pixels, and hidden folders two kinds of labels."""
+    for script in (ROOT / folder).glob("*.py"):
+        text = script.read_text(encoding="utf-8")
+        assert not re.search(r"Image\.open|ImageFolder\(|IMG_EXTENSIONS|find_classes", text), script

@@ -14,7 +14,7 @@ def nearest(xb, xq, sizes, device="cpu"):
 
     xb [n, D], xq [q, D] (arrays, may be memory-mapped), sizes: G increasing -> I [G, q] int64, the first among equals.
     The products of a size are those of the size before plus the next slice's, so that all sizes together cost one
-    product at the largest. Rows of zeros stay zeros, as in faiss.
+    product at the largest. Rows of zeros have cosine 0 to all.
     """
     blocks = [nearest_block(xb, on_device(xq[start:start + QUERIES], device), sizes)
               for start in tqdm(range(0, len(xq), QUERIES), desc="1-NN", unit="block")]
@@ -34,12 +34,12 @@ def nearest_block(xb, xq, sizes):
 
 
 def scores(xb, xq, sizes):
-    """Yields [q, n] per size: cosine - |xb|^2 / 2, largest where the L2 distance of the unit vectors is smallest."""
+    """Yields [q, n] per size: the cosine, largest where the L2 distance of the unit vectors is smallest."""
     products, tiny = 0, torch.finfo(torch.float32).tiny
     for begin, end in pairwise([0, *sizes]):
         products = products + xq[:, begin:end] @ xb[:, begin:end].T
         b, q = xb[:, :end].norm(dim=1), xq[:, :end].norm(dim=1)
-        yield products / q.clamp(min=tiny)[:, None] / b.clamp(min=tiny) - 0.5 * (b > 0)
+        yield products / q.clamp(min=tiny)[:, None] / b.clamp(min=tiny)
 
 
 def on_device(rows, device):

@@ -68,15 +68,18 @@ def mflops_per_query(n, retrieval_dim, rerank_dims=(), shortlists=()):
     return (n * retrieval_dim + sum(k * dim for k, dim in stages)) / 1e6
 
 
-def milliseconds(answer, queries, seconds=0.1):
-    """-> median time of answer(i) for one query at a time, i = 0, 1, ...: up to 30 queries, or `seconds`."""
+def milliseconds(answer, queries, seconds=3):
+    """Time answer(i) for one query at a time, i = 0, 1, ... -> {"ms": median, "ms_low", "ms_high": quartiles}.
+
+    30 queries, or as many as `seconds` allow: of few, one that the machine interrupts would be the median.
+    """
     started = time.perf_counter()
     answer(0)                                             # the first call compiles, loads and warms up
-    if (first := time.perf_counter() - started) > 30:     # it reads a database that does not fit in memory
-        return 1000 * first
-    times, started = [], time.perf_counter()
-    while len(times) < min(queries, 30) and (not times or time.perf_counter() - started < seconds):
+    times = [first] if (first := time.perf_counter() - started) > 30 else []      # it reads the database from the disk
+    started = time.perf_counter()
+    while not times or (times[0] <= 30 and len(times) < 30 and time.perf_counter() - started < seconds):
         begun = time.perf_counter()
-        answer(len(times))
+        answer(len(times) % queries)
         times.append(time.perf_counter() - begun)
-    return 1000 * float(np.median(times))
+    low, median, high = np.percentile(times, [25, 50, 75])
+    return {"ms": 1e3 * median, "ms_low": 1e3 * low, "ms_high": 1e3 * high}

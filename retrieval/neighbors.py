@@ -4,13 +4,15 @@
 
 xb [n, D] database and xq [q, D] queries are float32 or float16, not normalised, and may be memory-mapped. Prefixes are
 cut to unit length here, so that the squared L2 distance is 2 - 2 cosine. D [q, k] float32 squared distances, nearest
-first; I [q, k] int64 database rows. Exact search tells squared distances apart that differ by 2e-7 or more, as float32
-products do: closer ones (copies of an image; much of a large database at sizes 1 and 2) come in any order. A graph
+first; I [q, k] int64 database rows. Exact search tells squared distances apart that differ by 3e-6 or more, as float32
+products do (2.2e-6 was the most that was seen): closer ones (copies of an image; much of a large database at sizes 1
+and 2) come in any order. A graph
 keeps efSearch >= k candidates, so that it fills its lists; where it finds too few even so (many equal vectors, as at
 size 1), the rest is -1 at distance inf.
 stages.py writes what comes out of here to files.
 """
 import operator
+import sys
 import time
 from functools import cache
 
@@ -31,20 +33,40 @@ PRODUCTS = 2 ** 28            # that torch holds at a time: 1 GiB
 
 # ------------------------------------------------------------------------------------------------ vectors
 
-class NoDirectionError(InputError):
-    """A vector is zero, or not finite, on the prefix it should be compared on."""
+class Zeros:
+    """Counts the database vectors that are zero in their first `dim` numbers, and says so once."""
+
+    def __init__(self, dim):
+        self.dim, self.count, self.rows, self.told = dim, 0, 0, False
+
+    def add(self, count, rows):
+        self.count, self.rows = self.count + int(count), self.rows + rows
+
+    def tell(self):
+        if self.count and not self.told:
+            print(f"note: {self.count} of {self.rows} vectors of the database are zero in their first {self.dim} "
+                  "numbers: cosine 0 to all, found last", file=sys.stderr)
+        self.told = True
 
 
-def unit(x, dim, what="the database", first=0):
-    """-> [n, dim] float32: the first dim numbers of each row, at length 1. `first`: the number of x's first row."""
+def unit(x, dim, what="the database", first=0, zeros=None, opposite=False):
+    """-> [n, dim] float32: the first dim numbers of each row, at length 1; a row of zeros stays one: cosine 0 to all.
+
+    first: the number of x's first row. zeros: a Zeros that counts them. opposite: put them where no feature is,
+    towards (-1, -1, ...): for graphs, whose L2 distance has zeros nearer to a query than what lies at right angles.
+    """
     u = np.array(x[:, :dim], np.float32, order="C")       # a copy: FAISS normalises in place
     squares = np.empty(len(u), np.float32)
     faiss.fvec_norms_L2sqr(faiss.swig_ptr(squares), faiss.swig_ptr(u), dim, len(u))
-    bad = ~(np.isfinite(squares) & (squares > 0))
-    if bad.any():
-        raise NoDirectionError(f"{what}: row {first + bad.argmax()} is zero or not finite in its first {dim} numbers "
-                               f"({bad.sum()} such rows); leave it out or use a larger size")
+    if not np.isfinite(squares).all():
+        bad = ~np.isfinite(squares)
+        raise InputError(f"{what}: row {first + bad.argmax()} is not finite in its first {dim} numbers "
+                         f"({bad.sum()} such rows); write the embeddings again in fp32")
     faiss.normalize_L2(u)
+    if opposite:
+        u[squares == 0] = -dim ** -0.5
+    if zeros is not None:
+        zeros.add((squares == 0).sum(), len(u))
     return u
 
 
@@ -69,7 +91,8 @@ def check_queries(xb, xq, k):
 def search(xb, xq, retrieval_dim, k, index="exactl2", **options):
     """-> D [q, k], I [q, k] on the first retrieval_dim numbers. options: those of `searcher`.
 
-    Equal distances come in any order. Raises InputError for sizes or k that do not fit, and for zero or NaN vectors.
+    Equal distances come in any order. A vector of zeros has cosine 0 to all (in a graph, less): it is found last.
+    Raises InputError for sizes or k that do not fit, and for NaN or infinite vectors.
     """
     return searcher(xb, retrieval_dim, index, **options)(xq, k)
 
@@ -84,7 +107,10 @@ def searcher(xb, retrieval_dim, index="exactl2", file=None, record=None, device=
     retrieval_dim = check_sizes(xb, retrieval_dim, index)
     device = choose_device(device)
     streamed, block = in_blocks(xb, retrieval_dim, index, memory_gb)
-    built = None if streamed else built_index(xb, retrieval_dim, index, file, record)
+    zeros = Zeros(retrieval_dim)
+    built = None if streamed else built_index(xb, retrieval_dim, index, file, record, zeros)
+    if built is not None:
+        zeros.tell()
     flat = None if streamed or index != "exactl2" else vectors(built) if device == "cpu" else on_gpu(vectors(built))
 
     def find(xq, k, first=0):
@@ -93,7 +119,9 @@ def searcher(xb, retrieval_dim, index="exactl2", file=None, record=None, device=
         if index != "exactl2":
             D, I = built.search(q, k, params=faiss.SearchParametersHNSW(efSearch=max(k, EF_SEARCH)))
             return np.where(I < 0, np.inf, D), I
-        return exact(unit_blocks(xb, retrieval_dim, block) if streamed else [(0, flat)], q, k, device)
+        found = exact(unit_blocks(xb, retrieval_dim, block, zeros) if streamed else [(0, flat)], q, k, device)
+        zeros.tell()
+        return found
 
     return find
 
@@ -106,10 +134,10 @@ def in_blocks(xb, dim, index, memory_gb):
     return index == "exactl2" and len(xb) > block, block
 
 
-def unit_blocks(xb, dim, block):
+def unit_blocks(xb, dim, block, zeros):
     """Yield (number of the first row, [<= block, dim] unit vectors) over the database."""
     for lo in tqdm(range(0, len(xb), block), desc="blocks", delay=2, leave=False):
-        yield lo, unit(xb[lo:lo + block], dim, first=lo)
+        yield lo, unit(xb[lo:lo + block], dim, first=lo, zeros=zeros)
 
 
 def exact(blocks, q, k, device):
@@ -175,9 +203,11 @@ def vectors(flat):
     return faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d)
 
 
-def built_index(xb, dim, kind, file=None, record=None):
+def built_index(xb, dim, kind, file=None, record=None, zeros=None):
     """The index of all prefixes."""
-    return build(xb, lambda: new_index(dim, kind), lambda lo, rows: unit(rows, dim, first=lo), file, record)
+    graph = INDEXES[kind] is not None
+    return build(xb, lambda: new_index(dim, kind),
+                 lambda lo, rows: unit(rows, dim, first=lo, zeros=zeros, opposite=graph), file, record)
 
 
 def build(xb, new, prepare, file=None, record=None):

@@ -5,7 +5,6 @@
 Reads embeddings through stages.py, which keeps every list it makes, so that an interrupted report goes on. Beside
 ImageNet-1K and -4K results stand the paper's own (paper_curves.csv: tables 2, 8, 10-14 and figure 8).
 """
-import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from metrics import KS
-from neighbors import NoDirectionError
 from stages import all_sizes, open_data, open_labels, reranked, score, searched_at_least
 
 from mrl_files import InputError, replacing
@@ -72,16 +70,11 @@ def lists(task, sizes, shortlist, ks):
 
 
 def single_shot(task, sizes, made):
-    """Yield (size, made(size)). A default size at which some vector is zero is left out and named; not the largest."""
+    """Yield (size, made(size)), the smallest size first."""
     wanted = sorted(set(sizes or all_sizes(task)))
     open_data(task, wanted[-1])               # a size past the width is said before the others are searched
     for size in wanted:
-        try:
-            yield size, made(size)
-        except NoDirectionError as error:
-            if sizes or size == wanted[-1]:
-                raise
-            print(f"size {size} left out: {error}", file=sys.stderr)
+        yield size, made(size)
 
 
 def recipes(sizes, dataset, shortlist, n):
@@ -96,8 +89,9 @@ def recipes(sizes, dataset, shortlist, n):
 
 
 def in_per_cent(table):
-    """-> the table as people read it: accuracies in per cent, the metrics of the largest ks left to the CSV."""
-    shown = [c for c in table.columns if "@" not in c or c in ("mAP@10", "precision@10", "recall@10")]
+    """-> the table as people read it: accuracies in per cent, other ks and quartiles of times left to the CSV."""
+    shown = [c for c in table.columns if ("@" not in c or c in ("mAP@10", "precision@10", "recall@10"))
+             and c not in ("ms_low", "ms_high")]
     fractions = {c: 100 * table[c] for c in shown if c == "top1" or "@" in c}
     return table.assign(**fractions)[shown].to_string(index=False, na_rep="", float_format="{:.4g}".format)
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mrl_files import InputError
 
+TINY = np.finfo(np.float32).tiny      # makes 0 of 0 / 0, the cosine of a vector of zeros
 PAIRS = 2 ** 20           # (query, candidate) pairs at a time
 COPIED_PAIRS = 2 ** 14    # the same for float16 databases, whose rows are converted: 128 MiB of 2,048-d float32
 
@@ -23,8 +24,8 @@ def rerank(xb, xq, I, rerank_dim, shortlist, first=0):
     """-> [q, shortlist]: the first `shortlist` of each list, sorted by distance on the first rerank_dim numbers.
 
     Candidates at equal distance keep the order of I; -1 comes last. Raises InputError for a size past the width, a
-    shortlist longer than I, row numbers past the database, and for zero or NaN vectors among the candidates (a query's
-    row is counted from `first`).
+    shortlist longer than I, row numbers past the database, and for NaN or infinite vectors among the candidates (a
+    query's row is counted from `first`). A vector of zeros has cosine 0 to all.
     """
     check(xb, xq, I, rerank_dim, shortlist)
     I = I[:, :shortlist]
@@ -59,7 +60,7 @@ def cosines(xb, xq, I, dim, first):
     """-> [q, s] float32 cosine of each query and candidate on the first dim numbers; -inf where I is -1."""
     candidates, xq = I.ravel().astype(np.int64), read_only(np.ascontiguousarray(xq, np.float32))
     squares = np.einsum("qd,qd->q", xq[:, :dim], xq[:, :dim])
-    refuse(~(np.isfinite(squares) & (squares > 0)), first + np.arange(len(xq)), "the queries", dim)
+    refuse(~np.isfinite(squares), first + np.arange(len(xq)), "the queries", dim)
     pairs = in_row_order(candidates, len(xb))
     rows, queries, found = candidates[pairs], pairs // I.shape[1], np.empty(len(pairs), np.float32)
     step = PAIRS if in_place(xb) else COPIED_PAIRS
@@ -84,8 +85,8 @@ def largest_first(values):
 
 def refuse(bad, rows, what, dim):
     if bad.any():
-        raise InputError(f"{what}: row {rows[bad.argmax()]} is zero or not finite in its first {dim} numbers; "
-                         "leave it out or use a larger size")
+        raise InputError(f"{what}: row {rows[bad.argmax()]} is not finite in its first {dim} numbers; "
+                         "write the embeddings again in fp32")
 
 
 def in_row_order(candidates, n):
@@ -117,7 +118,16 @@ def read_only(x):
     return view
 
 
-@numba.njit(parallel=True, fastmath={"reassoc", "contract"}, cache=True)
+def compiled(function):
+    """numba's compiler, which keeps what it made for the next start where there is a folder to keep it in."""
+    options = {"parallel": True, "fastmath": {"reassoc", "contract"}}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:      # read-only checkout, and no home
+        return numba.njit(**options)(function)
+
+
+@compiled
 def pair_cosines(xb, rows, xq, queries, dim):
     """-> [pairs] products of xb[rows] and xq[queries] on the first dim numbers, by the length of xb's: cosines up to
     the query's length, which does not change a query's order. Four pairs at a time hide the wait for memory."""
@@ -138,6 +148,6 @@ def pair_cosines(xb, rows, xq, queries, dim):
             n1 += x1[j] * x1[j]
             n2 += x2[j] * x2[j]
             n3 += x3[j] * x3[j]
-        cosine[p0], cosine[p1] = s0 / np.sqrt(n0), s1 / np.sqrt(n1)
-        cosine[p2], cosine[p3] = s2 / np.sqrt(n2), s3 / np.sqrt(n3)
+        cosine[p0], cosine[p1] = s0 / np.sqrt(n0 + TINY), s1 / np.sqrt(n1 + TINY)
+        cosine[p2], cosine[p3] = s2 / np.sqrt(n2 + TINY), s3 / np.sqrt(n3 + TINY)
     return cosine

@@ -8,7 +8,7 @@ FAISS can serve it.
 """
 import numpy as np
 from faiss_kernels import faiss
-from neighbors import EF_SEARCH, build, check_sizes, new_index, read_index, unit
+from neighbors import EF_SEARCH, Zeros, build, check_sizes, new_index, read_index, unit
 
 from mrl_files import InputError
 
@@ -29,8 +29,12 @@ def adaptive_index(xb, retrieval_dim, rerank_dim=None, index="hnsw32", shortlist
     if not K <= shortlist <= min(len(xb), 1000 * K):      # FAISS keeps it as a factor of k, from 1 to 1,000
         raise InputError(f"shortlist={shortlist} is not between {K} and {min(len(xb), 1000 * K)} "
                          f"(the database has {len(xb)} vectors)")
-    return build(xb, lambda: new_adaptive_index(xb.shape[1], retrieval_dim, rerank_dim, index, shortlist, storage),
-                 lambda lo, rows: checked(rows, retrieval_dim, rerank_dim, first=lo), file, record)
+    zeros = Zeros(retrieval_dim)
+    built = build(xb, lambda: new_adaptive_index(xb.shape[1], retrieval_dim, rerank_dim, index, shortlist, storage),
+                  lambda lo, rows: opposed(checked(rows, retrieval_dim, rerank_dim, first=lo, zeros=zeros),
+                                           retrieval_dim), file, record)
+    zeros.tell()
+    return built
 
 
 def new_adaptive_index(width, retrieval_dim, rerank_dim, kind, shortlist, storage):
@@ -58,11 +62,17 @@ def of_prefix(width, index):
     return whole
 
 
-def checked(x, *dims, what="the database", first=0):
-    """-> x as float32, if each row has a direction on each prefix."""
+def checked(x, *dims, what="the database", first=0, zeros=None):
+    """-> x as float32, if each row is finite on each prefix. zeros: counts those that are zero on the first."""
     for dim in dims:
-        unit(x, dim, what, first)
-    return np.ascontiguousarray(x, np.float32)
+        unit(x, dim, what, first, zeros if dim == dims[0] else None)
+    return np.array(x, np.float32, order="C")
+
+
+def opposed(x, dim):
+    """A prefix of zeros made ever so slightly negative, as `unit` does for graphs: FAISS normalises it here."""
+    x[~x[:, :dim].any(1), :dim] = -1e-15
+    return x
 
 
 def read_adaptive_index(file):

@@ -33,7 +33,7 @@ from mrl_models import default_nesting_list
 
 SEARCH_QUERIES = 8192             # a chunk of a search: what an interruption can lose
 RERANK_CANDIDATES = 2 ** 24       # a chunk of a re-ranking: each chunk goes through the database file once
-UNKNOWN = {"seconds": np.nan, "ms": np.nan}       # what it took to make a list that has no record
+TIMES = ("seconds", "ms", "ms_low", "ms_high")      # what a record says of how long a list took to make
 EVAL_CONFIGS = {"vanilla": "single-shot", "reranking": "adaptive", "funnel": "funnel", "all": ""}    # the original's
 
 
@@ -163,7 +163,7 @@ def there_or_made(task, data, recipe, shape, prepare, chunk, source=None):
     with locked(file):
         if not usable(file, record):
             find = prepare()
-            write_list(file, record, shape, find, chunk, ms=milliseconds(lambda i: find(i, i + 1), shape[0]),
+            write_list(file, record, shape, find, chunk, **milliseconds(lambda i: find(i, i + 1), shape[0]),
                        before=time_of(source) if source else None)
     return file
 
@@ -178,9 +178,10 @@ def list_there(task, recipe, record):
 
 
 def time_of(file):
-    """-> what it took to make a list: seconds for all queries, ms for one."""
-    record = read_json(record_file(file)) or UNKNOWN
-    return {key: record[key] for key in UNKNOWN}
+    """-> what it took to make a list: seconds for all queries; ms for one, the median and its quartiles. NaN where no
+    record says it."""
+    record = read_json(record_file(file)) or {}
+    return {key: record.get(key, np.nan) for key in TIMES}
 
 
 def spellings(file):
@@ -279,7 +280,7 @@ def describe(recipe, n):
 
 
 def measured(file, queries):
-    """-> queries/s in batch and milliseconds for one query, searching and re-ranking together."""
-    record = read_json(record_file(file)) or UNKNOWN
-    seconds, ms = (record[key] + (record.get("before") or {key: 0})[key] for key in ("seconds", "ms"))
-    return {"queries_per_s": queries / seconds, "ms_per_query": ms}
+    """-> queries/s in batch and milliseconds for one query (median, quartiles), searching and re-ranking together."""
+    before = (read_json(record_file(file)) or {}).get("before") or dict.fromkeys(TIMES, 0)
+    seconds, ms, low, high = (value + before.get(key, np.nan) for key, value in time_of(file).items())
+    return {"queries_per_s": queries / seconds, "ms_per_query": ms, "ms_low": low, "ms_high": high}

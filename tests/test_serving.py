@@ -61,11 +61,24 @@ def test_places_that_are_not_filled_are_infinitely_far(world):
     assert (I < 0).any() and np.isinf(D[I < 0]).all() and np.isfinite(D[I >= 0]).all()
 
 
-def test_vectors_without_direction_are_named(world):
+def test_vectors_that_are_not_finite_are_named(world):
     xb, xq = (x.copy() for x in world)
     index = adaptive_index(xb, 16, index="exactl2")
-    xb[77, :16], xq[3, 0] = 0, np.nan
+    xb[77, 0], xq[3, 0] = np.inf, np.nan
     with pytest.raises(InputError, match="the database: row 77"):
         adaptive_index(xb, 16)
     with pytest.raises(InputError, match="the queries: row 3"):
         adaptive_search(index, xq, 5)
+
+
+def test_vectors_of_zeros_are_found_last_and_counted(capsys):
+    """On the first prefix alone, and on both; by FAISS alone, as it is served."""
+    xb, _, xq, _ = retrieval_world.world(600, 20, 32)
+    xb, xq = np.abs(xb), np.abs(xq)
+    xb[7, :8] = xb[9] = 0
+    for kind in ("exactl2", "hnsw32"):
+        index = adaptive_index(xb, 8, 32, kind, shortlist=100)
+        assert "note: 2 of 600 vectors of the database are zero in their first 8 numbers" in capsys.readouterr().err
+        _, I = adaptive_search(index, xq, 100, 100)
+        assert not np.isin(I, [7, 9]).any()
+    assert (index.search(xb[[7]], 1)[1] != 9).all()

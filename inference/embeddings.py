@@ -34,7 +34,7 @@ def opened_splits(splits, num_classes, args):
 
 
 def check_same_classes(opened):
-    orders = {split: images.classes for split, images in opened.items()}
+    orders = {split: images.found for split, images in opened.items()}
     if len({tuple(classes) for classes in orders.values()}) > 1:
         different = sorted(set(orders["train"]) ^ set(orders["val"]))
         raise InputError(f"{opened['train'].folder} and {opened['val'].folder} have different class folders: "

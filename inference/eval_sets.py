@@ -9,6 +9,7 @@ from typing import NamedTuple
 from image_set import ImageSet, some
 
 from mrl_files import InputError, file_path
+from mrl_images import class_folders, label_order
 
 HERE = Path(__file__).resolve().parent
 SYNSETS, SYNSETS_4K = "imagenet_synsets.txt", "imagenet4k_synsets.txt"
@@ -74,13 +75,15 @@ def open_set(row, num_classes, transform, data_root=None, any_classes=False):
     -> ImageSet. Raises InputError for a set that is missing, incomplete or has other classes.
     """
     folder = find_folder(row, data_root)
-    found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    classes, subset = label_order(row, folder, found, num_classes, any_classes)
-    return ImageSet(folder, classes, subset, transform)
+    found = class_folders(folder)
+    classes, subset = choose_classes(row, folder, found, num_classes, any_classes)
+    return ImageSet(folder, classes, subset, transform, found)
 
 
 def incomplete(row, images):
-    """-> a line that says so if the classes are the row's, but not all its images are there; else None."""
+    """-> a line that says so if the classes are the row's, but not all of them or not all its images are there."""
+    if len(images.found) < len(images.classes):
+        return f"note: {images.folder} holds {len(images.found)} of {len(images.classes):,} classes"
     the_rows = len(images.classes) == 1000 if row.classes == "integers" else images.classes == synsets(row.classes)
     if the_rows and len(images) != row.images:
         return f"note: {row.title} has {row.images} images, {images.folder} holds {len(images)}"
@@ -107,8 +110,9 @@ def synsets(file):
     return sorted((HERE / file).read_text(encoding="utf-8").split())
 
 
-def label_order(row, folder, found, num_classes, any_classes):
-    """-> (class folders in label order, the checkpoint's logits to keep or None for all)."""
+def choose_classes(row, folder, found, num_classes, any_classes):
+    """-> (class folders in label order, the checkpoint's logits to keep or None for all). Of the 1,000 synsets a user's
+    set may hold some (Imagenette, ImageNet-100): labels and logits are those of the 1,000."""
     if row.classes == "integers":
         integers = [str(i) for i in range(1000 if any_classes else num_classes)]
         check_folders(row, folder, found, integers)
@@ -116,7 +120,8 @@ def label_order(row, folder, found, num_classes, any_classes):
     if row.own and is_own(found, num_classes, any_classes):
         return own_classes(row, folder, found, None if any_classes else num_classes), None
     expected = synsets(row.classes)
-    check_folders(row, folder, found, expected)
+    if not row.own or set(found) - set(expected):
+        check_folders(row, folder, found, expected)
     if any_classes:
         return expected, None
     if num_classes != 1000:
@@ -126,20 +131,20 @@ def label_order(row, folder, found, num_classes, any_classes):
 
 
 def is_own(found, num_classes, any_classes):
-    """Is it a user's set, of other classes or of some of ImageNet's, and not ImageNet with folders missing?"""
+    """Is it a set of classes of its own, and not ImageNet's, or some of them for a checkpoint of all 1,000?"""
     if num_classes == 1000 or (any_classes and num_classes != len(found)):
         return not set(found) & set(synsets(SYNSETS))
     return True
 
 
 def own_classes(row, folder, found, num_classes):
-    """Any other image folder is taken as it is, classes in sorted order; only their number is checked."""
+    """Any other image folder is taken as it is, classes in their label order; only their number is checked."""
     if not found:
         raise InputError(f"{folder} has no class folders: {row.title} is 1,000 synset folders (n01440764 ...), from "
                          f"{row.source}; images of your own need a folder for each class")
     if num_classes not in (None, len(found)):
         raise InputError(f"{folder} has {len(found)} class folders, the checkpoint {num_classes} classes")
-    return found
+    return label_order(found, folder)
 
 
 def check_folders(row, folder, found, expected):

@@ -18,6 +18,7 @@ from saved_files import check_free
 from tqdm import tqdm
 
 from mrl_files import InputError, allocate, json_says, locked, read_array, read_json, replacing, write_json
+from mrl_images import printable
 from mrl_models import autocast, classifier
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
@@ -131,7 +132,7 @@ def finish(files, about, images):
         os.replace(files.rows, files.X)
     else:
         copy_rows(files.rows, files.X, kept)
-    skipped = [str(images.path(i)) for i in np.flatnonzero(state == UNREADABLE)]
+    skipped = [printable(images.path(i)) for i in np.flatnonzero(state == UNREADABLE)]
     write_json(files.about, {**about, "n": len(kept), "skipped": skipped, "complete": True})
     remove_partial(files)
 

@@ -2,6 +2,7 @@
 and features.py.
 """
 import hashlib
+import os
 import re
 import signal
 import sys
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from mrl_files import InputError, reason
-from mrl_images import image_path, list_images, read_rgb
+from mrl_images import image_path, list_images, printable, read_rgb
 from mrl_models import MEAN, STD
 
 
@@ -22,13 +23,17 @@ class ImageSet(Dataset):
     """Images of class folders: item i is (x [3, crop, crop] float32 normalised, y int).
 
     An unreadable file is (zeros, -1): batches keep their composition, and the caller decides what it means.
-    classes: folder names, label order. subset: logits to keep, or None. labels: int64 [N].
+    classes: folder names, label order. found: those that are there (None: all). subset: logits to keep, or None.
+    labels: int64 [N].
     File names are kept as one array of bytes: a list of a million strings would be copied into every worker.
     """
 
-    def __init__(self, folder, classes, subset, transform):
+    def __init__(self, folder, classes, subset, transform, found=None):
         self.folder, self.classes, self.subset, self.transform = Path(folder), classes, subset, transform
-        self.files, self.labels = list_images(folder, classes)
+        there = set(classes if found is None else found)
+        self.found = [name for name in classes if name in there]
+        self.files, places = list_images(folder, self.found)
+        self.labels = np.flatnonzero([name in there for name in classes])[places]
 
     def __len__(self):
         return len(self.files)
@@ -49,7 +54,7 @@ class ImageSet(Dataset):
 
     def digest(self):
         """16 hex digits that stand for the list of files and their classes."""
-        listed = "/".join(self.classes).encode(), self.files.tobytes(), self.labels.tobytes()
+        listed = os.fsencode("/".join(self.classes)), self.files.tobytes(), self.labels.tobytes()
         return hashlib.sha256(b"".join(listed)).hexdigest()[:16]
 
     def path(self, i):
@@ -59,8 +64,8 @@ class ImageSet(Dataset):
         try:
             read_rgb(self.path(i))
         except Exception as error:
-            return f"{self.path(i)} ({reason(error)})"
-        return f"{self.path(i)} (readable now)"
+            return f"{printable(self.path(i))} ({reason(error)})"
+        return f"{printable(self.path(i))} (readable now)"
 
 
 class Preparation(transforms.Compose):

@@ -101,19 +101,24 @@ def test_wrong_folder_is_named(tmp_path):
         opened("Sketch", tmp_path)
 
 
-def test_incomplete_imagenet_is_not_taken_for_a_users_own_set(tmp_path):
-    make_tree(tmp_path / "val", IMAGENET[:-1])
-    with pytest.raises(InputError, match=f"needs 1000 class folders, found 999 .*missing {IMAGENET[-1]}"):
-        opened("V1", tmp_path)
-    with pytest.raises(InputError, match="needs 1000"):
-        opened("1K", tmp_path, table=RETRIEVAL, split="val")
+@pytest.mark.parametrize("table, name, split", [(CLASSIFICATION, "V1", None), (RETRIEVAL, "1K", "val")])
+def test_some_of_imagenets_classes_keep_their_labels(tmp_path, table, name, split):
+    """Imagenette, ImageNet-100: for a checkpoint of all 1,000 classes, over all its logits, and with a note."""
+    make_tree(tmp_path / "val", {wnid: IMAGENET.index(wnid) for wnid in IMAGENET[3:900:100]})
+    images = opened(name, tmp_path, table=table, split=split)
+    assert images.labels.tolist() == list(range(3, 900, 100)) and images.subset is None
+    assert accuracy(images) == [1, 0]
+    assert images.path(1).parent.name == IMAGENET[103]
+    assert incomplete(CLASSIFICATION["V1"], images) == f"note: {tmp_path}/val holds 9 of 1,000 classes"
+    (tmp_path / "val/junk").mkdir()
+    with pytest.raises(InputError, match=r"needs 1000 class folders, found 10 .*not of it junk"):
+        opened(name, tmp_path, table=table, split=split)
 
 
-def test_some_of_imagenets_folders_are_a_users_set_only_if_the_checkpoint_has_as_many_classes(tmp_path):
-    make_tree(tmp_path / "val", IMAGENET[:9])
-    assert len(opened("1K", tmp_path, num_classes=9, table=RETRIEVAL, split="val").classes) == 9
-    with pytest.raises(InputError, match="needs 1000 class folders, found 9 "):
-        opened("1K", tmp_path, num_classes=10, table=RETRIEVAL, split="val")
+def test_for_a_checkpoint_of_as_many_classes_they_are_its_own(tmp_path):
+    make_tree(tmp_path / "val", IMAGENET[3:900:100])
+    images = opened("V1", tmp_path, num_classes=9)
+    assert images.labels.tolist() == list(range(9)) and incomplete(CLASSIFICATION["V1"], images) is None
 
 
 def test_v2_is_embedded_by_a_checkpoint_of_any_classes(tmp_path):
@@ -160,7 +165,8 @@ def test_a_set_that_lacks_images_is_noted(tmp_path):
 def test_own_classes_are_taken_as_they_are_but_counted(tmp_path):
     make_tree(tmp_path / "val", [str(i) for i in range(12)])
     images = opened("V1", tmp_path, num_classes=12)
-    assert images.classes == sorted(map(str, range(12)))           # an ImageFolder: "10" stands before "2"
+    assert images.classes == [str(i) for i in range(12)]           # sorted as text, "10" would stand before "2"
+    assert accuracy(images) == [1, 0]
     with pytest.raises(InputError, match="has 12 class folders, the checkpoint 10 classes"):
         opened("V1", tmp_path, num_classes=10)
     assert len(opened("1K", tmp_path, num_classes=10, table=RETRIEVAL, split="val")) == 12

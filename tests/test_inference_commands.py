@@ -213,16 +213,18 @@ def test_restricted_set(command, tmp_path):
 
 
 def test_unreadable_image_is_named_or_left_out(command, root, tmp_path, capsys):
-    (root / "val" / "3" / "3_0.JPEG").write_bytes(b"no image")
+    (root / "val" / "3" / "3_0.JPEG").unlink()
+    (root / "val" / "3" / os.fsdecode(b"3_\xff.JPEG")).write_bytes(b"no image")      # nor is its name UTF-8
     path = make_run(tmp_path / "run", "ff8")
-    with pytest.raises(InputError, match=r"3/3_0.JPEG"):
+    with pytest.raises(InputError, match=r"3/3_\\xff.JPEG"):
         command("--path", path)
     out = command("--path", path, "--skip_bad_images", "--save_gt")
     command("--path", path, "--skip_bad_images", "--retrieval", "--retrieval_array_path", tmp_path / "arrays")
-    said = re.findall(r"^1 unreadable image\(s\) left out: .*3/3_0.JPEG", capsys.readouterr().out, re.M)
+    said = re.findall(r"^1 unreadable image\(s\) left out: .*3/3_\\xff.JPEG", capsys.readouterr().out, re.M)
     assert len(said) == 2
     result = json.loads(next(out.glob("*accuracy*.json")).read_text())
-    assert result["n"] == 19 and result["skipped"][0].startswith(str(root / "val" / "3" / "3_0.JPEG"))
+    assert result["n"] == 19 and result["skipped"][0].startswith(str(root / "val" / "3" / r"3_\xff.JPEG"))
+    assert {"1K_train_mrl0_e0_ff8-X.npy", "1K_val_mrl0_e0_ff8-X.npy"} <= set(names(tmp_path / "arrays"))
     assert len(torch.load(out / "gt_dataset=V1.pth", weights_only=True)) == 19
 
 

@@ -5,11 +5,10 @@ from operator import attrgetter
 
 import eval_sets
 import features
-from image_set import some
 from plans import Plan, is_nested, model_of, opened_set, origin, planned, show_skipped
 from saved_files import arrays_stem
 
-from mrl_files import InputError
+from mrl_images import check_same_classes
 
 
 def embed(args, device):
@@ -26,19 +25,13 @@ def embed(args, device):
 def opened_splits(splits, num_classes, args):
     """-> {split: ImageSet}."""
     opened = {split: opened_set(row, num_classes, args) for split, row in splits.items()}
-    check_same_classes(opened)
+    if "train" in opened:
+        train, val = opened["train"], opened["val"]
+        check_same_classes(train.folder, train.found, val.folder, val.found)
     if args.random_sample_dim:
         for images in opened.values():
             images.sample(args.random_sample_dim)
     return opened
-
-
-def check_same_classes(opened):
-    orders = {split: images.found for split, images in opened.items()}
-    if len({tuple(classes) for classes in orders.values()}) > 1:
-        different = sorted(set(orders["train"]) ^ set(orders["val"]))
-        raise InputError(f"{opened['train'].folder} and {opened['val'].folder} have different class folders: "
-                         f"{some(different)}")
 
 
 def plan(path, spec, name, split, images, device, args):

@@ -212,6 +212,21 @@ def test_restricted_set(command, tmp_path):
     assert json.loads((out / "gt_dataset=A.json").read_text())["classes"] == wnids
 
 
+def test_some_of_imagenets_classes_for_a_checkpoint_of_all(command, tmp_path, capsys):
+    """Imagenette: outputs over all 1,000 logits, true classes and embeddings' labels as positions among the 1,000."""
+    wnids = synsets("imagenet_synsets.txt")[5:1000:100]
+    for split in ("train", "val"):
+        make_tree(tmp_path / "imagenette" / split, wnids)
+    path, arrays = make_run(tmp_path / "run", "ff8", num_classes=1000), tmp_path / "arrays"
+    out = command("--path", path, "--save_gt", "--save_logits", data_root=tmp_path / "imagenette")
+    assert f"note: {tmp_path}/imagenette/val holds 10 of 1,000 classes" in capsys.readouterr().out.splitlines()
+    logits, gt = (torch.load(next(out.glob(name)), weights_only=True) for name in ("*_logits.pth", "gt_*.pth"))
+    assert logits.shape == (1, 10, 1000) and gt.tolist() == list(range(5, 1000, 100))
+    command("--path", path, "--retrieval", "--retrieval_array_path", arrays, data_root=tmp_path / "imagenette")
+    for split in ("train", "val"):
+        assert np.load(arrays / f"1K_{split}_mrl0_e0_ff8-y.npy").tolist() == gt.tolist()
+
+
 def test_unreadable_image_is_named_or_left_out(command, root, tmp_path, capsys):
     (root / "val" / "3" / "3_0.JPEG").unlink()
     (root / "val" / "3" / os.fsdecode(b"3_\xff.JPEG")).write_bytes(b"no image")      # nor is its name UTF-8
@@ -343,7 +358,7 @@ def test_the_chosen_gpu_is_the_current_one(monkeypatch, flag, rank, current):
 
 def test_database_and_queries_must_have_the_same_classes(command, root, tmp_path):
     (root / "train" / "9").rename(root / "train" / "nine")
-    with pytest.raises(InputError, match="have different class folders: 9, nine"):
+    with pytest.raises(InputError, match=r"train has no class folder 9, .*val has one \(2 such"):
         command("--path", make_run(tmp_path / "run", "ff8"), "--retrieval")
 
 

@@ -26,6 +26,11 @@ def pytest_configure():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+
+
 def pytest_sessionstart():
     """Half of the tests failing on a full disk says less than this."""
     folder = tempfile.gettempdir()

@@ -2,6 +2,7 @@
 
 Their claims are measured at full size, on a quiet machine; see benchmarks/RESULTS.md.
 """
+import json
 import math
 import re
 
@@ -111,3 +112,15 @@ def test_analysis(run):
     shown = run("benchmarks", "analysis.py --images 1000 --rounds 1", env={"PYTHONPATH": "../model_analysis"}).stdout
     assert [line.split("  ")[0] for line in shown.splitlines()[2:]] == ["cascades, 30 seeds, all caps", "oracle",
                                                                         "superclasses"]
+
+
+def test_gpu_prints_a_table_of_what_ran_and_names_what_did_not(run, tmp_path):
+    """The parts that are quick on a CPU; the others are those of train_step.py and train_epoch.py."""
+    paths = {"PYTHONPATH": "../train:../inference:../retrieval"}
+    words = f"gpu.py --tiny --device cpu --output {tmp_path}/gpu.json --parts"
+    shown = run("benchmarks", f"{words} search", env=paths).stdout
+    (row,) = [line for line in shown.splitlines() if line.startswith("| exact search, 20 queries in 500 x 64")]
+    assert "; 1.0000 of the neighbours are the same" in row
+    done = run("benchmarks", f"{words} steps search --minutes 0", env=paths, check=False)
+    assert done.returncode == 1 and done.stdout.count("FAILED: not finished: 0.0 minutes are over") == 2
+    assert list(json.loads((tmp_path / "gpu.json").read_text())["failed"]) == ["steps", "search"]

@@ -478,3 +478,18 @@ def test_torchrun_is_refused_for_classification(command, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(InputError, match="torchrun splits the images for --retrieval only"):
         command("--path", make_run(tmp_path / "run", "ff8"))
+
+
+@pytest.mark.gpu
+def test_inference_on_a_gpu_is_inference_on_the_cpu(command, tmp_path):
+    """float32 to its rounding; half precision to its own; the same labels."""
+    path, found = make_run(tmp_path / "run", "mrl"), {}
+    for device, precision in (("cpu", "fp32"), ("cuda", "fp32"), ("cuda", "fp16")):
+        out = tmp_path / f"{device} {precision}"
+        command("--path", path, "--save_logits", "--device", device, "--precision", precision, "--output", out)
+        command("--path", path, "--retrieval", "--device", device, "--precision", precision,
+                "--retrieval_array_path", out)
+        logits = torch.load(next(out.glob("*_logits.pth")), weights_only=True)
+        found[device, precision] = logits, torch.from_numpy(np.load(next(out.glob("1K_val*-X.npy"))))
+    for precision, tolerance in (("fp32", 1e-4), ("fp16", 2e-2)):
+        torch.testing.assert_close(found["cuda", precision], found["cpu", "fp32"], rtol=tolerance, atol=tolerance)

@@ -123,7 +123,7 @@ def test_on_a_gpu_faiss_is_used_where_it_can_and_torch_where_not(monkeypatch):
     assert found == {(False, 2048): "torch", (False, 2049): "torch", (True, 2048): "faiss", (True, 2049): "torch"}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 def test_a_gpu_gives_the_same_as_the_cpu(world):
     xb, xq = world
     for dim, k in ((8, 100), (64, 2500)):

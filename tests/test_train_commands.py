@@ -70,7 +70,7 @@ def test_the_readmes_commands(trained, kind, processes):
     assert settings["dist"]["world_size"] == processes and settings["lr"]["lr"] == 0.01
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [0, 1])
 def test_on_a_gpu(compiled, tmp_path, ffcv_folder, run):
     """fp16, two resolutions; resumed after its first epoch, a run ends where the whole one did, but for rounding."""

@@ -1,9 +1,11 @@
 """Python runs this at every start of a process with this folder on its PYTHONPATH: of spawned ones and torchrun's too.
 
-test_gpu_rehearsal.py puts it there. Lines that run are counted, then the CPU stands in for GPUs.
+test_gpu_rehearsal.py puts it there.
 """
-import coverage
+import sys
 
-coverage.process_startup()
-
-import stand_in_gpus  # noqa: E402, F401
+WATCHED = None
+if not any("resource_tracker" in word for word in sys.orig_argv):      # multiprocessing's helper computes nothing
+    import lines_run
+    lines_run.watch()
+    import stand_in_gpus  # noqa: F401

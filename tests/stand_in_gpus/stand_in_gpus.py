@@ -1,8 +1,9 @@
 """Imported, it makes PyTorch and FFCV believe in STAND_IN_GPUS GPUs, on which the CPU computes.
 
-Each stand-in asserts what the real thing demands. STAND_IN_LOG (a file) gets a line for what tests look at: who set
-which device in which thread, scalers, groups. What cannot be shown so: NCCL, CUDA's kernels and their precision, the
-order of streams (test_late_streams.py), memory.
+Each stand-in asserts what the real thing demands. STAND_IN_NOTES (a file) gets a line for what tests look at: which
+thread of which process uses which GPU, scalers, groups, graphs. What cannot be shown so: NCCL, CUDA's kernels and their
+precision, the order of streams (test_late_streams.py), memory, a tensor that is on the other device
+(test_fake_cuda.py).
 """
 import functools
 import os
@@ -21,9 +22,11 @@ TORCH = str(Path(torch.__file__).parent)
 thread = threading.local()
 
 
-def log(*words):
-    with open(os.environ["STAND_IN_LOG"], "a") as file:
-        file.write(f"rank{os.environ.get('LOCAL_RANK', 0)} {' '.join(map(str, words))}\n")
+def note(*words):
+    """A line: rank, kind of thread (_MainThread, FFCV's EpochIterator, Thread: that which pins batches), words."""
+    kind = type(threading.current_thread()).__name__
+    with open(os.environ["STAND_IN_NOTES"], "a") as file:
+        file.write(f"rank{os.environ.get('LOCAL_RANK', 0)} {kind} {' '.join(map(str, words))}\n")
 
 
 def current_device():
@@ -34,17 +37,17 @@ def set_device(device):
     index = device if isinstance(device, int) else torch.device(device).index
     assert 0 <= index < GPUS, f"CUDA error: invalid device ordinal {device}"
     thread.device = index
-    log("set_device", index)
+    note("uses", index)
 
 
 def on_cpu(device):
-    """"cuda:1" -> "cpu"; what is no GPU stays. A GPU named without its number is the thread's current one."""
+    """cuda:1 -> cpu; what is no GPU stays. A GPU named without its number is the thread's current one."""
     if isinstance(device, str | torch.device) and torch.device(device).type == "cuda":
         index = torch.device(device).index
         index = current_device() if index is None else index
         if index >= GPUS:
             raise RuntimeError("CUDA error: invalid device ordinal")
-        log("uses", index)
+        note("uses", index)
         return torch.device("cpu")
     return device
 
@@ -54,7 +57,7 @@ def on_cpu(device):
 class Stream:
     def __init__(self, device=None, **_):
         self.device = torch.device("cuda", current_device())
-        log("stream", self.device.index)
+        note("uses", self.device.index)
 
     def synchronize(self):
         pass
@@ -92,8 +95,11 @@ def current_stream(device=None):
 
 
 @contextmanager
-def stream(_):
+def stream(used):
+    note("uses", current_device())
+    before, thread.stream = current_stream(), used
     yield
+    thread.stream = before
 
 
 rng = {"state": torch.arange(16, dtype=torch.uint8)}
@@ -102,7 +108,7 @@ rng = {"state": torch.arange(16, dtype=torch.uint8)}
 def set_rng_state(state, *_):
     assert state.dtype == torch.uint8 and state.device.type == "cpu" and len(state) == 16
     rng["state"] = state
-    log("random state restored")
+    note("random state restored")
 
 
 for name, stand_in in {"is_available": is_available, "device_count": lambda: GPUS, "current_device": current_device,
@@ -112,15 +118,17 @@ for name, stand_in in {"is_available": is_available, "device_count": lambda: GPU
                        "max_memory_allocated": lambda *_: 123 << 20,
                        "get_device_name": lambda *_: "a GPU's stand-in"}.items():
     setattr(torch.cuda, name, stand_in)
+
+
 def for_data_loaders(stand_in, real):
     """DataLoader's thread for pinned memory asks torch.accelerator; so does the compiler, which is told the truth."""
-    def asked(*args):
+    def asked(*args, **given):
         its = sys._getframe(1).f_code.co_filename.startswith(f"{TORCH}/utils/data")
-        return (stand_in if its else real)(*args)
+        return (stand_in if its else real)(*args, **given)
     return asked
 
 
-for name, stand_in in {"is_available": lambda: True, "current_accelerator": lambda *_: torch.device("cuda"),
+for name, stand_in in {"is_available": lambda: True, "current_accelerator": lambda **_: torch.device("cuda"),
                        "current_device_index": current_device, "set_device_index": set_device}.items():
     setattr(torch.accelerator, name, for_data_loaders(stand_in, getattr(torch.accelerator, name)))
 
@@ -149,6 +157,8 @@ torch.Tensor.pin_memory = lambda self, *_: self.clone()
 def autocast(init):
     def begun(self, device_type, dtype=None, enabled=True, cache_enabled=None):      # the compiler reads these names
         half = device_type == "cuda" and dtype == torch.float16
+        if device_type == "cuda" and enabled:
+            note("autocast", dtype)
         init(self, "cpu" if device_type == "cuda" else device_type, torch.bfloat16 if half else dtype, enabled,
              cache_enabled)
     return begun
@@ -156,15 +166,22 @@ def autocast(init):
 
 def scaler(init):
     def begun(self, device="cuda", **given):
-        init(self, "cpu" if device == "cuda" else device, **given)
-        log("scaler", self.is_enabled())
+        assert device == "cuda"
+        init(self, "cpu", **given)
     return begun
+
+
+def scaled_step(step):
+    def stepped(self, optimizer):
+        note("scaled step" if self.is_enabled() else "step")
+        return step(self, optimizer)
+    return stepped
 
 
 def data_parallel(init):
     def begun(self, module, device_ids=None, **given):
         assert [torch.device(device).index for device in device_ids] == [current_device()]
-        log("data parallel", current_device())
+        note("data parallel", current_device())
         init(self, module, **given)
     return begun
 
@@ -172,13 +189,39 @@ def data_parallel(init):
 for kind, stand_in in ((torch.amp.autocast_mode.autocast, autocast), (torch.amp.GradScaler, scaler),
                        (torch.nn.parallel.DistributedDataParallel, data_parallel)):
     kind.__init__ = stand_in(kind.__init__)
+torch.amp.GradScaler.step = scaled_step(torch.amp.GradScaler.step)
 init_process_group, compile_module = dist.init_process_group, torch.nn.Module.compile
 
 
 def init_group(backend, **given):
-    log("group", backend)
+    note("group", backend)
     return init_process_group("gloo" if backend == "cpu:gloo,cuda:nccl" else backend, **given)
 
 
+def compile_graph(graph, inputs):
+    """As the real compiler, but without C++ to compile."""
+    note("graph")
+    return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+
 dist.init_process_group = init_group
-torch.nn.Module.compile = functools.partialmethod(compile_module, backend="aot_eager")      # without C++ to compile
+torch.nn.Module.compile = functools.partialmethod(compile_module, backend=compile_graph)
+
+
+# ---- FAISS
+
+def build_faiss_for_gpus():
+    """From here on, for the search of retrieval/: FAISS's wheel is built without."""
+    import faiss
+    import neighbors
+
+    class StandardGpuResources:
+        pass
+
+    def knn_gpu(memory, queries, database, k, metric):
+        assert isinstance(memory, StandardGpuResources) and k <= 2048
+        note("faiss")
+        return faiss.knn(queries, database, k, metric=metric)
+
+    faiss.get_num_gpus, faiss.StandardGpuResources, faiss.knn_gpu = lambda: GPUS, StandardGpuResources, knn_gpu
+    neighbors.gpu_faiss.cache_clear()

@@ -224,6 +224,15 @@ def load_model(path, arch=None, head=None, nesting_list=None, old_ckpt=False):
     old_ckpt: the layout of the authors' released files (MRL-E keeps its matrix under fc.weight).
     The file must hold exactly the model's keys and shapes, under whatever wrapper or prefix: see read_state_dict.
     """
+    model, state = open_model(path, arch, head, nesting_list, old_ckpt)
+    own = model.state_dict()
+    model.load_state_dict({k: v.to(own[k].dtype).contiguous() for k, v in state.items()}, assign=True)
+    return model.eval()
+
+
+def open_model(path, arch=None, head=None, nesting_list=None, old_ckpt=False):
+    """-> (load_model's network on the meta device, without numbers; the state dict that fits it). model.spec says what
+    a file holds, and no memory is taken for it. Arguments and errors are load_model's."""
     state, known = read_state_dict(path), read_params(path)
     given = {k: v for k, v in {"arch": arch, "head": head, "nesting_list": nesting_list}.items() if v is not None}
     for key, value in given.items():
@@ -232,13 +241,12 @@ def load_model(path, arch=None, head=None, nesting_list=None, old_ckpt=False):
     if old_ckpt:
         state = modern_keys(path, state, (known | given).get("head"))
     spec = (known or shown_by_shapes(path, state, **given)) | given
-    with torch.device("meta"):      # before memory is taken for a model of any size
-        misfit = does_not_fit(blank_model(path, spec), state)
-    if misfit:
+    with torch.device("meta"):
+        model = blank_model(path, spec)
+    if misfit := does_not_fit(model, state):
         raise InputError(f"{path}: {misfit}") if known else Unsettled(f"{path}: {misfit}; for another network", "arch")
-    model = build_from_spec(spec)
-    load_exactly(model, state, path)
-    return model.eval()
+    check_finite(state, path)
+    return model, state
 
 
 def blank_model(path, spec):
@@ -383,7 +391,11 @@ def load_exactly(model, state, path):
     """Load a state dict that must fit, and hold only finite numbers."""
     if misfit := does_not_fit(model, state):
         raise InputError(f"{path}: {misfit}")
+    check_finite(state, path)
+    model.load_state_dict(state)
+
+
+def check_finite(state, path):
     broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
     if broken:
         raise InputError(f"{path}: {broken[0]} holds NaN or infinite numbers ({len(broken)} such tensors)")
-    model.load_state_dict(state)

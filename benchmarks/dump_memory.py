@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import features
+import embeddings
 import numpy as np
 import torch
 from image_set import ImageSet, Preparation
@@ -33,7 +33,7 @@ def dump(folder, width):
     tree = Path(folder, "tree")
     images = ImageSet(tree, sorted(os.listdir(tree)), None, Preparation(8, 8))
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, width)).eval()
-    features.dump(model, images, Path(folder, "1K_train_m"), features.noted({"nesting_list": [width]}),
+    embeddings.dump(model, images, Path(folder, "1K_train_m"), embeddings.describe_dump({"nesting_list": [width]}),
                   torch.device("cpu"), batch_size=256, workers=2)
 
 

@@ -12,7 +12,7 @@ import os
 import tempfile
 
 import torch
-from evaluate import evaluate
+from classification import evaluate
 from image_set import ImageSet, Preparation, make_loader
 from measure import machine, make_images, spread, take_turns
 

@@ -1,17 +1,22 @@
-"""pytorch_inference.py without --retrieval: the accuracy of each checkpoint per size, and what --save_* asks for."""
+"""pytorch_inference.py without --retrieval: the accuracy of each checkpoint per size, and what --save_* asks for.
+
+One path for all heads: logits are [G, N, C], and a fixed-feature model is the case G = 1.
+"""
+import time
 from functools import cache
 from pathlib import Path
 
 import accuracy_table
 import eval_sets
 import torch
-from evaluate import Outputs, evaluate
-from image_set import make_loader
-from plans import Plan, is_nested, model_of, opened_set, origin, planned, show_skipped, warn
+from image_set import make_loader, readable_rows
+from plans import Plan, describe_origin, is_nested, model_of, open_images, plan_all, show_skipped
+from processes import warn
 from saved_files import accuracy_path, check_free, outputs_path, save_tensor, table_stem
+from tqdm import tqdm
 
-from mrl_files import write_json
-from mrl_models import classify_in_float32, model_name
+from mrl_files import InputError, write_json
+from mrl_models import autocast, classify_in_float32, count, model_name, stack_logits
 
 SAVED = ("logits", "softmax", "gt", "predictions")
 
@@ -19,8 +24,9 @@ SAVED = ("logits", "softmax", "gt", "predictions")
 def classify(args, device):
     """Evaluate and write; several checkpoints also give one table."""
     name, row = eval_sets.lookup(eval_sets.CLASSIFICATION, args.dataset or "V1")
-    images_for = cache(lambda num_classes: opened_set(row, num_classes, args))
-    plans = planned(args, lambda path, spec: [plan(path, spec, name, images_for(spec["num_classes"]), args)])
+    images_for = cache(lambda num_classes: open_images(row, num_classes, args))
+    plans = plan_all(args, lambda path, spec: [
+        plan_evaluation(path, spec, name, images_for(spec["num_classes"]), args)])
     stem = table_stem(args.output, name, args.tta)
     if len(plans) > 1:
         check_free(Path(f"{stem}.json"), about_table(plans), args.overwrite, *accuracy_table.files(stem))
@@ -28,16 +34,16 @@ def classify(args, device):
     accuracy_table.show(runs)
     if len(plans) > 1:
         accuracy_table.save(runs, stem, about_table(plans))
-    print(f"figures{''.join(f', {what}' for what in wanted(args))} written to {args.output}/")
+    print(f"figures{''.join(f', {what}' for what in list_wanted(args))} written to {args.output}/")
 
 
-def plan(path, spec, name, images, args):
+def plan_evaluation(path, spec, name, images, args):
     if is_nested(spec) and args.rep_size not in (None, spec["nesting_list"][-1]):
         warn(f"--rep_size {args.rep_size} does nothing here: {path} is evaluated at all its sizes")
-    about = {**origin(path, spec, name, images, args), "num_classes": len(images.classes), "tta": args.tta,
+    about = {**describe_origin(path, spec, name, images, args), "num_classes": len(images.classes), "tta": args.tta,
              "precision": args.precision or "fp32"}
-    files = {what: (outputs_path(args.output, spec, name, args.tta, what), companion(what, about, images))
-             for what in wanted(args)}
+    files = {what: (outputs_path(args.output, spec, name, args.tta, what), describe_output(what, about, images))
+             for what in list_wanted(args)}
     for file, says in files.values():
         check_free(file.with_suffix(".json"), says, args.overwrite, file)
     check_free(accuracy_path(args.output, spec, name, args.tta, about["checkpoint"]), about, args.overwrite)
@@ -66,11 +72,11 @@ def classify_one(plan, args, device):
     return run
 
 
-def wanted(args):
+def list_wanted(args):
     return [what for what in SAVED if getattr(args, f"save_{what}")]
 
 
-def companion(what, about, images):
+def describe_output(what, about, images):
     """The JSON beside a saved tensor. Labels belong to the images alone, whichever checkpoint was evaluated."""
     of_the_model = ("checkpoint", "nesting_list", "tta", "precision", "resize", "crop") if what == "gt" else ()
     return {**about, "classes": images.classes, **dict.fromkeys(of_the_model)}
@@ -80,3 +86,84 @@ def about_table(plans):
     """The JSON beside a table: the checkpoints, and what they have in common."""
     common = {key: value for key, value in plans[0].about.items() if key not in ("checkpoint", "nesting_list")}
     return {"checkpoints": [plan.about["checkpoint"] for plan in plans], **common}
+
+
+# ------------------------------------------------------------------------------------------------ one evaluation
+
+def compute_logits(model, x, tta=False):
+    """-> logits [G, N, C] float32; tta adds those of the mirrored images."""
+    logits = stack_logits(model(x)).float()
+    return logits + compute_logits(model, x.flip(-1)) if tta else logits
+
+
+@torch.inference_mode()
+def evaluate(model, images, loader, device, *, tta=False, precision="fp32", skip_bad_images=False, keep=None):
+    """Run the images through the model, counting on the device.
+
+    keep: called with (start, logits [G, n, C], y [n]) for each batch of readable images; see `Outputs`.
+    -> {"n", "top1" [G], "top5" [G], "loss" [G], "skipped", "seconds"}; accuracies are fractions.
+    """
+    model.to(device)
+    subset = None if images.subset is None else torch.tensor(images.subset, device=device)
+    sums, n, seen, bad, start_time = 0, 0, 0, [], time.perf_counter()
+    for x, y in tqdm(loader, desc="evaluate", unit="batch", dynamic_ncols=True):
+        readable = readable_rows(images, y, seen, bad, skip_bad_images)
+        seen += len(y)
+        with autocast(device, precision):
+            logits = compute_logits(model, x.to(device, non_blocking=True), tta)
+        y = y.to(device, non_blocking=True)
+        if subset is not None:
+            logits = logits.index_select(-1, subset)
+        if readable is not None:
+            logits, y = logits[:, readable], y[readable]
+        sums = sums + count(logits / 2 if tta else logits, y)      # the loss of the mean, as in training's log
+        if keep is not None:
+            keep(n, logits, y)
+        n += len(y)
+    return summarise(sums, n, bad, time.perf_counter() - start_time)
+
+
+def summarise(sums, n, bad, seconds):
+    if n == 0:
+        raise InputError(f"none of the {len(bad)} images can be read")
+    top1, top5, loss = (sums / n).tolist()
+    if not torch.isfinite(sums).all():
+        raise InputError("the model's logits are not finite; try --precision fp32")
+    return {"n": n, "top1": top1, "top5": top5, "loss": loss, "skipped": bad, "seconds": seconds}
+
+
+class Outputs:
+    """Collects what `wanted` names (gt, predictions, logits, softmax) on the CPU while `evaluate` runs.
+
+    Logits [G, N, C] are held once (1.8 GB for ImageNet); their softmax takes their place.
+    """
+
+    def __init__(self, sizes, n, classes, wanted):
+        self.wanted, self.n = wanted, 0
+        self.gt = torch.empty(n, dtype=torch.int64)
+        self.predictions = torch.empty(sizes, n, dtype=torch.int64)
+        self.logits = torch.empty(sizes, n, classes) if {"logits", "softmax"} & set(wanted) else None
+
+    def __call__(self, start, logits, y):
+        self.n = start + len(y)
+        rows = slice(start, self.n)
+        self.gt[rows], self.predictions[:, rows] = y.cpu(), logits.argmax(-1).cpu()
+        if self.logits is not None:
+            self.logits[:, rows] = logits.cpu()
+
+    def tensors(self):
+        """Yields (name, tensor) for each that is wanted."""
+        if "gt" in self.wanted:
+            yield "gt", self.gt[:self.n].clone()
+        if "predictions" in self.wanted:
+            yield "predictions", self.predictions[:, :self.n].clone()
+        if self.logits is not None:
+            yield from self.probabilities(self.logits[:, :self.n].contiguous())     # a copy only if images were skipped
+
+    def probabilities(self, logits):
+        if "logits" in self.wanted:
+            yield "logits", logits
+        if "softmax" in self.wanted:
+            for one_size in logits:
+                torch.softmax(one_size, -1, out=one_size)
+            yield "softmax", logits

@@ -1,30 +1,49 @@
-"""pytorch_inference.py with --retrieval: the embeddings of the queries (val) and of the database (train)."""
+"""pytorch_inference.py with --retrieval: the embeddings of the queries (val) and of the database (train).
+
+Streamed to disk as <stem>-X.npy [N, D], <stem>-y.npy [N], <stem>-X.json, for retrieval. Memory does not grow with N:
+each batch goes straight into a memory-mapped file under a `.partial` name, and a byte per image remembers that its row
+is there. So a killed run goes on where it stopped, any number of processes can share the batches, and the result is the
+same either way. The JSON with "complete": true is written last. A lock keeps a second command out meanwhile.
+"""
+import os
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from itertools import groupby
 from operator import attrgetter
+from pathlib import Path
 
 import eval_sets
-import features
-from plans import Plan, is_nested, model_of, opened_set, origin, planned, show_skipped
-from saved_files import arrays_stem
+import numpy as np
+import torch
+from image_set import make_loader, readable_rows, shorten
+from plans import Plan, describe_origin, is_nested, model_of, open_images, plan_all, show_skipped
+from processes import barrier, by_first, rank, together, world
+from saved_files import arrays_stem, check_free
+from tqdm import tqdm
 
-from mrl_images import check_same_classes
+from mrl_files import InputError, allocate, json_says, locked, read_array, read_json, replacing, write_json
+from mrl_images import check_same_classes, printable
+from mrl_models import autocast, classifier
+
+DTYPES = {"fp32": np.float32, "fp16": np.float16}
+TODO, DONE, UNREADABLE = 0, 1, 2            # what the byte of an image says
+BLOCK = 4096                                # rows copied at a time when rows of unreadable images are left out
 
 
 def embed(args, device):
     """Write the arrays of each checkpoint; under torchrun the processes share the images."""
     name, splits = eval_sets.lookup(eval_sets.RETRIEVAL, args.dataset or "1K")
-    images_for = cache(lambda num_classes: opened_splits(splits, num_classes, args))
-    plans = features.together(planned, args, lambda path, spec: [
-        plan(path, spec, name, split, images, device, args)
+    images_for = cache(lambda num_classes: open_splits(splits, num_classes, args))
+    plans = together(plan_all, args, lambda path, spec: [
+        plan_dump(path, spec, name, split, images, device, args)
         for split, images in images_for(spec["num_classes"]).items()])
     for _, of_one_checkpoint in groupby(plans, attrgetter("path")):
         embed_one(list(of_one_checkpoint), args, device)
 
 
-def opened_splits(splits, num_classes, args):
+def open_splits(splits, num_classes, args):
     """-> {split: ImageSet}."""
-    opened = {split: opened_set(row, num_classes, args) for split, row in splits.items()}
+    opened = {split: open_images(row, num_classes, args) for split, row in splits.items()}
     if "train" in opened:
         train, val = opened["train"], opened["val"]
         check_same_classes(train.folder, train.found, val.folder, val.found)
@@ -34,29 +53,164 @@ def opened_splits(splits, num_classes, args):
     return opened
 
 
-def plan(path, spec, name, split, images, device, args):
+def plan_dump(path, spec, name, split, images, device, args):
     precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
-    kept = cut(spec, args.rep_size) if is_nested(spec) and args.rep_size else spec
-    about = features.noted({**origin(path, kept, name, images, args), "split": split}, precision,
+    kept = cut_spec(spec, args.rep_size) if is_nested(spec) and args.rep_size else spec
+    about = describe_dump({**describe_origin(path, kept, name, images, args), "split": split}, precision,
                            args.storage or "fp32")
     stem = arrays_stem(args.retrieval_array_path or ".", name, split, kept)
-    features.check_dump(features.Files(stem), about, args.skip_bad_images, args.overwrite)
+    check_dump(Files(stem), about, args.skip_bad_images, args.overwrite)
     return Plan(path, spec, images, about, {"arrays": (stem, about)})
 
 
-def cut(spec, size):
+def cut_spec(spec, size):
     """-> a nested model's spec as if it ended at `size`: the first numbers of an embedding are one."""
     return {**spec, "nesting_list": [d for d in spec["nesting_list"] if d < size] + [size]}
 
 
 def embed_one(plans, args, device):
     """The splits of one checkpoint."""
-    network = features.embedder(model_of(plans[0], args)).to(device)
+    network = embedder(model_of(plans[0], args)).to(device)
     for plan in plans:
         stem, about = plan.files["arrays"]
-        written = features.dump(network, plan.images, stem, about, device, batch_size=args.batch_size,
+        written = dump(network, plan.images, stem, about, device, batch_size=args.batch_size,
                                 workers=args.workers, skip_bad_images=args.skip_bad_images, overwrite=args.overwrite)
-        if features.rank() == 0:
+        if rank() == 0:
             print(f"{stem}-X.npy: {written['n']} x {written['dim']} {written['dtype']}, "
                   f"{len(written['skipped'])} skipped")
             show_skipped(written["skipped"])
+
+
+# ------------------------------------------------------------------------------------------------ one dump
+
+class Files:
+    """The paths of one dump; `rows`, `state` and `plan` exist only until it is complete."""
+
+    def __init__(self, stem):
+        self.X, self.y, self.about = (Path(f"{stem}-{end}") for end in ("X.npy", "y.npy", "X.json"))
+        self.rows, self.state, self.plan = (Path(f"{stem}{end}") for end in
+                                            ("-X.partial.npy", "-state.partial.npy", "-X.partial.json"))
+
+
+def embedder(model):
+    """-> the model without its head: images -> what the head reads, [N, feature_dim]. The model is changed."""
+    model.set_submodule(classifier(model)[0], torch.nn.Identity())
+    return model
+
+
+def dump(model, images, stem, about, device, *, batch_size, workers, skip_bad_images=False, overwrite=False):
+    """Write the embeddings of `images`, cut to the largest size that `about` names, under `stem`.
+
+    model: an `embedder`, on the device. about: what the JSON says of their origin and kind, by `noted`; files that say
+    otherwise are not overwritten. Under torchrun the processes share the batches (and need one disk).
+    -> the JSON's content.
+    """
+    files = Files(stem)
+    with only_writer(files):
+        by_first(begin, files, about, len(images), skip_bad_images, overwrite)
+        if files.plan.exists():
+            fill(model, images, files, device, batch_size, workers, about["precision"], skip_bad_images)
+            barrier()
+            by_first(finish, files, about, images)
+    return read_json(files.about)
+
+
+def describe_dump(about, precision="fp32", storage="fp32"):
+    """-> what the JSON says of an array: its origin (`about`: checkpoint, nesting_list, dataset, split ...) and its
+    kind. storage: fp32 or fp16."""
+    return {**about, "dim": about["nesting_list"][-1], "dtype": np.dtype(DTYPES[storage]).name, "precision": precision}
+
+
+def check_dump(files, about, skip_bad_images, overwrite):
+    """Refuse a dump that would replace another one, or that is complete without images which are now wanted."""
+    check_free(files.plan, about, overwrite)
+    check_free(files.about, about, overwrite, *([] if files.plan.exists() else [files.X, files.y]))
+    skipped = (read_json(files.about) or {}).get("skipped")
+    if skipped and not (skip_bad_images or overwrite or files.plan.exists()):
+        raise InputError(f"{files.X}: made without {len(skipped)} unreadable image(s), {shorten(skipped)}: pass "
+                         "--skip_bad_images to leave it so, or --overwrite to make it again")
+
+
+def begin(files, about, n, skip_bad_images, overwrite):
+    """Make the files to fill, unless they are there from a run that was stopped, or the dump is complete."""
+    check_dump(files, about, skip_bad_images, overwrite)
+    if files.plan.exists() and not files.rows.exists() and files.X.exists():      # stopped in `finish`: undo the rename
+        os.replace(files.X, files.rows)
+    if files.rows.exists() and json_says(files.plan, about):
+        try_again(files.state)
+        print(f"{files.X}: going on where it stopped")
+    elif files.X.exists() and json_says(files.about, about) and not (overwrite and read_json(files.about)["skipped"]):
+        print(f"{files.X}: complete already")
+        remove_partial(files)
+    else:
+        files.plan.unlink(missing_ok=True)
+        allocate(files.rows, (n, about["dim"]), about["dtype"])
+        allocate(files.state, (n,), np.uint8)
+        write_json(files.plan, about)
+        files.about.unlink(missing_ok=True)            # what it describes is kept until there is room for the new
+
+
+def try_again(path):
+    """Images that a stopped run could not read may have been repaired since."""
+    state = read_array(path, "r+")
+    state[state == UNREADABLE] = TODO
+    state.flush()
+
+
+@torch.inference_mode()
+def fill(model, images, files, device, batch_size, workers, precision, skip_bad_images):
+    """This process's share of the batches that are still to do."""
+    X, state = (read_array(path, "r+") for path in (files.rows, files.state))
+    todo = np.unique(np.flatnonzero(state == TODO) // batch_size)[rank()::world()].tolist()
+    barrier()                                          # all have read the state before any writes to it
+    loader = make_loader(images, batch_size, workers, device.type == "cuda", todo)
+    for batch, (x, y) in zip(todo, tqdm(loader, desc=files.X.name, unit="batch", disable=rank() > 0), strict=True):
+        rows = slice(batch * batch_size, batch * batch_size + len(y))
+        readable_rows(images, y, rows.start, [], skip_bad_images)
+        with autocast(device, precision):
+            embeddings = model(x.to(device, non_blocking=True))
+        X[rows] = embeddings[:, :X.shape[1]].to(getattr(torch, X.dtype.name)).cpu().numpy()
+        if not np.isfinite(X[rows]).all():
+            raise InputError(f"{files.X}: embeddings are NaN or infinite; try --precision fp32 and --storage fp32")
+        state[rows] = np.where(y.numpy() >= 0, DONE, UNREADABLE)      # after the row is written
+
+
+def finish(files, about, images):
+    """The partial files become the final ones; the companion, last, says that all is there."""
+    state = np.load(files.state)
+    if (state == TODO).any():
+        raise InputError(f"{files.X}: {(state == TODO).sum()} rows are missing; run the same command again")
+    kept = np.flatnonzero(state == DONE)
+    if len(kept) == 0:
+        raise InputError(f"{images.folder}: no image could be read")
+    with replacing(files.y) as temporary:
+        np.save(temporary, images.labels[kept])
+    if len(kept) == len(state):
+        os.replace(files.rows, files.X)
+    else:
+        copy_rows(files.rows, files.X, kept)
+    skipped = [printable(images.path(i)) for i in np.flatnonzero(state == UNREADABLE)]
+    write_json(files.about, {**about, "n": len(kept), "skipped": skipped, "complete": True})
+    remove_partial(files)
+
+
+def remove_partial(files):
+    for path in (files.plan, files.state, files.rows):      # the plan first: without it the others count for nothing
+        path.unlink(missing_ok=True)
+
+
+def copy_rows(source, target, kept):
+    """A .npy file of only the rows `kept` of another one, a block at a time."""
+    X = np.load(source, mmap_mode="r")
+    with replacing(target) as temporary:
+        out = allocate(temporary, (len(kept), X.shape[1]), X.dtype)
+        for start in range(0, len(kept), BLOCK):
+            out[start:start + BLOCK] = X[kept[start:start + BLOCK]]
+
+
+@contextmanager
+def only_writer(files):
+    """The first process holds the dump's lock for all of its command; a second command is refused."""
+    with ExitStack() as stack:
+        by_first(stack.enter_context, locked(files.X, f"{files.X}: another process writes it; wait for its end"))
+        yield

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from image_set import ImageSet, some
+from image_set import ImageSet, shorten
 
 from mrl_files import InputError, file_path
 from mrl_images import class_folders, label_order
@@ -150,6 +150,6 @@ def own_classes(row, folder, found, num_classes):
 def check_folders(row, folder, found, expected):
     missing, extra = (sorted(set(a) - set(b)) for a, b in ((expected, found), (found, expected)))
     if missing or extra:
-        parts = [f"{what} {some(names)}" for what, names in (("missing", missing), ("not of it", extra)) if names]
+        parts = [f"{what} {shorten(names)}" for what, names in (("missing", missing), ("not of it", extra)) if names]
         raise InputError(f"{row.title} needs {len(expected)} class folders, found {len(found)} in {folder}; "
                          f"{'; '.join(parts)}; get it from {row.source}")

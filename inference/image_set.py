@@ -1,5 +1,5 @@
-"""The images of class folders as (x, y), and their batches: opened by eval_sets.py, run through a model by evaluate.py
-and features.py.
+"""The images of class folders as (x, y), and their batches: opened by eval_sets.py, run through a model by
+classification.py and embeddings.py.
 """
 import hashlib
 import os
@@ -68,6 +68,18 @@ class ImageSet(Dataset):
         return f"{printable(self.path(i))} (readable now)"
 
 
+def readable_rows(images, y, start, bad, skip_bad_images):
+    """Rows of a batch whose files could be read: None for all. The others are added to `bad`, or stop the run."""
+    if (y >= 0).all():
+        return None
+    names = [images.why_unreadable(start + i) for i in (y < 0).nonzero()[:, 0].tolist()]
+    if not skip_bad_images:
+        raise InputError(f"{len(names)} unreadable image(s) in this batch: {', '.join(names[:3])}; "
+                         "repair them, or pass --skip_bad_images")
+    bad.extend(names)
+    return y >= 0
+
+
 class Preparation(transforms.Compose):
     """Resize the shorter side, crop the centre, normalise: image -> x [3, crop, crop]."""
 
@@ -108,6 +120,6 @@ def dead_workers_named():
                          "(docker: --shm-size), or --workers 0") from None
 
 
-def some(names):
+def shorten(names):
     """-> the first few of the names, for a message."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

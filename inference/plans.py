@@ -2,18 +2,16 @@
 
 classification.py and embeddings.py begin with it.
 """
-import sys
 from typing import NamedTuple
 
 import eval_sets
-import torch
 import which_model
-from features import rank
-from image_set import ImageSet, Preparation, some
+from image_set import ImageSet, Preparation, shorten
+from processes import rank, warn
 from saved_files import fingerprint
 
 from mrl_files import InputError
-from mrl_models import build_from_spec, check_image_size, load_model
+from mrl_models import check_image_size, load_model
 
 
 class Plan(NamedTuple):
@@ -25,10 +23,10 @@ class Plan(NamedTuple):
     files: dict          # {what: (path, the content of its JSON)}: what will be written, but for figures
 
 
-def planned(args, plans_of):
+def plan_all(args, plans_of):
     """-> all Plans: those of plans_of(path, spec) for each checkpoint, so that an error in the last one shows before
     hours of work on the first. Weights are not kept but read again later: those of all need not fit in memory."""
-    plans = [plan for path in dict.fromkeys(args.path) for plan in plans_of(path, checked(path, args))]
+    plans = [plan for path in dict.fromkeys(args.path) for plan in plans_of(path, check_checkpoint(path, args))]
     if args.nesting_list and not any(is_nested(plan.spec) for plan in plans):
         warn("--nesting_list does nothing here: a fixed-feature model has one size")
     says_of = {}
@@ -39,13 +37,12 @@ def planned(args, plans_of):
     return plans
 
 
-def checked(path, args):
+def check_checkpoint(path, args):
     """-> the spec of a checkpoint whose weights can be read, and which takes images of this size."""
-    spec = which_model.load(path, args.arch, args.mrl, args.efficient, args.rep_size, args.nesting_list,
-                            args.old_ckpt).spec
-    with torch.device("meta"):
-        check_image_size(build_from_spec(spec), args.crop, "crop")
-    return spec
+    model = which_model.open_checkpoint(path, args.arch, args.mrl, args.efficient, args.rep_size, args.nesting_list,
+                                        args.old_ckpt)
+    check_image_size(model, args.crop, "crop")
+    return model.spec
 
 
 def is_nested(spec):
@@ -57,7 +54,7 @@ def model_of(plan, args):
     return load_model(plan.path, *(plan.spec[key] for key in ("arch", "head", "nesting_list")), args.old_ckpt)
 
 
-def opened_set(row, num_classes, args):
+def open_images(row, num_classes, args):
     """-> the ImageSet of a row of eval_sets.py, for a model of so many classes."""
     if args.resize < args.crop:
         raise InputError(f"--resize {args.resize} is smaller than --crop {args.crop}")
@@ -68,18 +65,12 @@ def opened_set(row, num_classes, args):
     return images
 
 
-def origin(path, spec, dataset, images, args):
+def describe_origin(path, spec, dataset, images, args):
     """-> what files remember of the checkpoint and the images they came from."""
     return {"checkpoint": fingerprint(path), "nesting_list": spec["nesting_list"], "dataset": dataset,
             "images": images.digest(), "resize": args.resize, "crop": args.crop}
 
 
-def warn(text):
-    """Once, whichever number of processes there are."""
-    if rank() == 0:
-        print(f"warning: {text}", file=sys.stderr)
-
-
 def show_skipped(images):
     if images:
-        print(f"{len(images)} unreadable image(s) left out: {some(images)}")
+        print(f"{len(images)} unreadable image(s) left out: {shorten(images)}")

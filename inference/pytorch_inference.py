@@ -12,18 +12,15 @@ The files written, and who reads them: saved_files.py.
 """
 import argparse
 import os
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 from classification import SAVED, classify
-from embeddings import embed
+from embeddings import DTYPES, embed
 from eval_sets import CLASSIFICATION, RETRIEVAL
-from features import DTYPES
 from image_set import dead_workers_named
-from plans import warn
+from processes import count_processes, start_device, warn
 
-from mrl_files import InputError, command_line, device_named, file_path, leave_group, number
+from mrl_files import InputError, command_line, file_path, leave_group, number
 from mrl_models import check_nesting_list
 
 positive = number(int, 1)
@@ -93,29 +90,6 @@ def sizes(text):
     return [int(size) for size in text.split(",") if size]
 
 
-def start_device(args):
-    """-> the device; under torchrun this process's own, after joining the group (gloo: only barriers are needed)."""
-    if processes() == 1:
-        return make_current(device_named(args.device))
-    gpus = torch.cuda.device_count() if args.device.startswith("cuda") else 0
-    device = make_current(device_named(f"cuda:{int(os.environ['LOCAL_RANK']) % gpus}" if gpus else args.device))
-    dist.init_process_group("gloo", timeout=timedelta(days=7))
-    return device
-
-
-def make_current(device):
-    """-> the device. Its GPU is now the process's own: the thread that pins batches asks for no other, it would go to
-    GPU 0."""
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
-    return device
-
-
-def processes():
-    """How many torchrun has started."""
-    return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
-
-
 def warn_of_idle_flags(args):
     """A line on standard error for each flag that does nothing; the original ran on in silence."""
     idle = (("output", "tta", *(f"save_{what}" for what in SAVED)) if args.retrieval
@@ -127,7 +101,7 @@ def warn_of_idle_flags(args):
 
 def main():
     args = arguments()
-    if processes() > 1 and not args.retrieval:
+    if count_processes() > 1 and not args.retrieval:
         raise InputError("torchrun splits the images for --retrieval only; classification runs in one process")
     try:
         device = start_device(args)

@@ -9,14 +9,29 @@ from pathlib import Path
 
 from MRL import NESTING_LIST
 from mrl_files import InputError
-from mrl_models import Unsettled, default_nesting_list, feature_width, load_model, read_params, read_state_dict
+from mrl_models import (
+    Unsettled,
+    default_nesting_list,
+    feature_width,
+    load_model,
+    open_model,
+    read_params,
+    read_state_dict,
+)
 
 FLAGS = {"arch": "--arch", "head": "--mrl, --efficient or --rep_size", "nesting_list": "--nesting_list",
          "old_ckpt": "--old_ckpt"}      # what sets load_model's arguments
 
 
-def load(path, arch=None, mrl=False, efficient=False, rep_size=None, nesting_list=None, old_ckpt=False):
-    """-> the model in eval mode. The arguments are the flags of pytorch_inference.py; model.spec tells what it is.
+def load(path, *flags, old_ckpt=False, **named):
+    """-> the model in eval mode, by the flags of `open_checkpoint`."""
+    spec = open_checkpoint(path, *flags, old_ckpt=old_ckpt, **named).spec
+    return load_model(path, spec["arch"], spec["head"], spec["nesting_list"], old_ckpt)
+
+
+def open_checkpoint(path, arch=None, mrl=False, efficient=False, rep_size=None, nesting_list=None, old_ckpt=False):
+    """-> the model without its numbers, on the meta device; model.spec tells what the file holds. The arguments are the
+    flags of pytorch_inference.py.
 
     nesting_list is of the nested models among those of a command: a fixed-feature model has one size, and shows it.
     rep_size: of a fixed-feature model its size; of a nested one no more than its largest (embeddings are cut there).
@@ -24,11 +39,11 @@ def load(path, arch=None, mrl=False, efficient=False, rep_size=None, nesting_lis
     given = {"arch": arch, "head": head_of_flags(mrl, efficient, rep_size), "nesting_list": nesting_list}
     bare = not read_params(path)
     if bare:
-        given = agreed(path, given, released(path) if old_ckpt else {})
+        given = fill_from_name(path, given, read_released_name(path) if old_ckpt else {})
     if nesting_list and is_fixed_feature(path, given["head"]):
         given["nesting_list"] = None
     try:
-        model = load_model(path, **(with_defaults(path, given) if bare else given), old_ckpt=old_ckpt)
+        model, _ = open_model(path, **(fill_defaults(path, given) if bare else given), old_ckpt=old_ckpt)
     except Unsettled as error:
         raise InputError(f"{error.problem}: give {FLAGS[error.argument]}") from None
     largest = model.spec["nesting_list"][-1]
@@ -43,7 +58,7 @@ def head_of_flags(mrl, efficient, rep_size):
     return f"ff{rep_size}" if rep_size else None
 
 
-def released(path):
+def read_released_name(path):
     """What a released file's name says: r50_mrl1_e0_ff2048.pt; "16start" in it or in its folder's name."""
     path = Path(path)
     match = re.search(r"r(\d+)_mrl([01])_e([01])_ff(\d+)", path.stem)
@@ -56,7 +71,7 @@ def released(path):
             "nesting_list": sizes if nested == "1" else None}
 
 
-def agreed(path, given, named):
+def fill_from_name(path, given, named):
     """The flags, filled up from the name."""
     for key, value in named.items():
         if None not in (value, given[key]) and value != given[key]:
@@ -70,7 +85,7 @@ def is_fixed_feature(path, head):
     return head.startswith("ff") if head else not any("nesting_classifier" in key for key in read_state_dict(path))
 
 
-def with_defaults(path, given):
+def fill_defaults(path, given):
     """The original's defaults for what does not show in a file. load_model holds the result to the file's shapes."""
     arch, sizes = given["arch"] or "resnet50", given["nesting_list"]
     if given["head"] == "mrl_e" and sizes is None:

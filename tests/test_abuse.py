@@ -28,7 +28,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import checkpoint
-import features
+import embeddings
 import numpy as np
 import pytest
 import torch
@@ -263,7 +263,7 @@ TABLE = [
     Row("disk full for the embeddings", EMBED, r"X\.partial\.npy.*GB are needed", file_limit=10_000,
         leaves=("out",)),
     Row("half of what an interrupted run left", EMBED, r"X\.partial\.npy",
-        both(made_by(EMBED, stopped_in=(features, "finish")),
+        both(made_by(EMBED, stopped_in=(embeddings, "finish")),
              halved("out/1K_val_mrl1_e0_ff1024-X.partial.npy"))),
 
     # -- baselines

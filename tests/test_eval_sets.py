@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 import torch
+from classification import evaluate
 from eval_sets import CLASSIFICATION, HERE, RETRIEVAL, incomplete, lookup, open_set, synsets
-from evaluate import evaluate
 from image_set import Preparation, make_loader
 from image_trees import SIZE, ColourReader, make_tree
 

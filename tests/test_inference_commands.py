@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import image_set
 import numpy as np
 import pandas as pd
+import processes
 import pytest
 import pytorch_inference
 import torch
@@ -324,7 +325,7 @@ def test_a_crop_that_the_network_does_not_take(command, tmp_path, monkeypatch, a
     """The line of training, before any image is read; the network is not built with weights, which takes seconds."""
     with torch.device("meta"):
         model = build_model(arch, "ff8", num_classes=10)
-    monkeypatch.setattr(which_model, "load", lambda *_: model)
+    monkeypatch.setattr(which_model, "open_checkpoint", lambda *_: model)
     for words in ([], ["--retrieval"]):
         with pytest.raises(InputError, match=f"--crop={crop}: {arch} does not take images of this size: "):
             command("--path", "w.pt", "--resize", 256, "--crop", crop, *words)
@@ -347,12 +348,12 @@ def test_the_chosen_gpu_is_the_current_one(monkeypatch, flag, rank, current):
     chosen = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
-    monkeypatch.setattr(pytorch_inference, "device_named", torch.device)
+    monkeypatch.setattr(processes, "device_named", torch.device)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
     if rank is not None:
         monkeypatch.setenv("WORLD_SIZE", "4")
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-    pytorch_inference.start_device(SimpleNamespace(device=flag))
+    processes.start_device(SimpleNamespace(device=flag))
     assert chosen == current
 
 

@@ -4,10 +4,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from classification import compute_logits
 from conftest import fill
-from evaluate import all_sizes
 from image_trees import make_run
-from which_model import load, released
+from which_model import load, read_released_name
 
 from MRL import NESTING_LIST
 from mrl_files import InputError
@@ -41,7 +41,7 @@ def test_golden_layouts_give_golden_logits(golden, blur_filters, tmp_path, kind,
     assert model.spec["nesting_list"] == EVERY_SIZE[kind.removesuffix("_old")]
     x = torch.from_numpy(np.random.default_rng(3).standard_normal((2, 3, 64, 64)).astype(np.float32))
     with torch.no_grad():
-        logits = all_sizes(model, x)[..., :20].numpy()
+        logits = compute_logits(model, x)[..., :20].numpy()
     expected = arrays[f"resnet50_{kind}_logits_first20"]
     np.testing.assert_allclose(logits.reshape(expected.shape), expected, rtol=1e-5, atol=1e-5)        # measured: 7e-7
 
@@ -54,11 +54,11 @@ def test_golden_layouts_give_golden_logits(golden, blur_filters, tmp_path, kind,
     ("r18_mrl1_e0_ff512.pt", ("resnet18", "mrl", None)),
 ])
 def test_released_names(path, says):
-    assert tuple(released(path).values()) == says
+    assert tuple(read_released_name(path).values()) == says
 
 
 def test_names_that_say_nothing():
-    assert released("final_weights.pt") == {}
+    assert read_released_name("final_weights.pt") == {}
 
 
 @pytest.mark.parametrize("head", ["mrl", "mrl_e"])

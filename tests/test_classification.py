@@ -1,7 +1,7 @@
 """Figures of every head against plain PyTorch; saved tensors; unreadable images."""
 import pytest
 import torch
-from evaluate import Outputs, all_sizes, evaluate
+from classification import Outputs, compute_logits, evaluate
 from image_set import ImageSet, Preparation, make_loader
 from image_trees import SIZE, ColourReader, make_tree, write_image
 
@@ -49,7 +49,7 @@ def test_tta_adds_the_mirrored_images_logits():
     model, x = build_model("resnet18", "mrl", num_classes=5).eval(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = torch.stack(model(x)) + torch.stack(model(x.flip(3)))
-        assert all_sizes(model, x, tta=True).equal(expected)
+        assert compute_logits(model, x, tta=True).equal(expected)
 
 
 def test_softmax_takes_the_place_of_logits_only_after_they_were_given(tree):

@@ -6,12 +6,12 @@ import sys
 import time
 from pathlib import Path
 
-import features
+import embeddings
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from features import Files, dump, embedder, noted
+from embeddings import Files, describe_dump, dump, embedder
 from image_set import ImageSet, Preparation
 from image_trees import SIZE, ColourReader, make_tree
 
@@ -37,8 +37,8 @@ def image_set(folder, classes=7, per_class=3):
 
 
 def write(images, stem, batch_size=4, about=ABOUT, model=None, storage="fp32", **options):
-    return dump(model or Features(), images, stem, noted(about, storage=storage), CPU, batch_size=batch_size, workers=0,
-                **options)
+    return dump(model or Features(), images, stem, describe_dump(about, storage=storage), CPU, batch_size=batch_size,
+                workers=0, **options)
 
 
 def contents(folder):
@@ -127,7 +127,7 @@ def test_a_stopped_dump_tries_unreadable_images_again(tmp_path, monkeypatch):
     whole = images.path(4).read_bytes()
     images.path(4).write_bytes(b"broken")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(features, "finish", interrupt)
+        patch.setattr(embeddings, "finish", interrupt)
         write(images, stem, skip_bad_images=True)
     with pytest.raises(InputError, match=r"unreadable image\(s\) in this batch: .*n00000001_1.JPEG"):
         write(images, stem)
@@ -165,7 +165,7 @@ def test_a_second_command_for_the_same_dump_is_refused(tmp_path, workers):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        dump(Asks(), images, stem, noted(ABOUT), CPU, batch_size=4, workers=workers)
+        dump(Asks(), images, stem, describe_dump(ABOUT), CPU, batch_size=4, workers=workers)
     assert ".m-X.npy.lock" in begun and ".m-X.npy.lock" not in contents(tmp_path / "out")
     assert write(images, stem)["n"] == 21
 
@@ -217,7 +217,7 @@ def test_a_dump_stopped_in_its_last_steps_is_only_finished(tmp_path, monkeypatch
 
 
 def stop_in_finish(patch, step):
-    owner, finish = {"replace": features.os, "write_json": features, "unlink": Path}[step], features.finish
+    owner, finish = {"replace": embeddings.os, "write_json": embeddings, "unlink": Path}[step], embeddings.finish
     real = getattr(owner, step)
 
     def interrupted(path, *args, **options):
@@ -228,11 +228,11 @@ def stop_in_finish(patch, step):
     def stopping(*args):
         patch.setattr(owner, step, interrupted)
         finish(*args)
-    patch.setattr(features, "finish", stopping)
+    patch.setattr(embeddings, "finish", stopping)
 
 
 def test_rows_that_nobody_wrote_are_no_complete_dump(tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "fill", lambda *_: None)
+    monkeypatch.setattr(embeddings, "fill", lambda *_: None)
     with pytest.raises(InputError, match="21 rows are missing"):
         write(image_set(tmp_path / "tree"), tmp_path / "out" / "m")
 
@@ -242,7 +242,7 @@ DUMP = """
 import sys, time
 sys.path[:0] = [{inference!r}, {tests!r}]
 from pathlib import Path
-from test_features import Features, image_set, write
+from test_embeddings import Features, image_set, write
 
 class Slow(Features):
     def forward(self, x):

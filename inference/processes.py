@@ -1,0 +1,72 @@
+"""The processes that torchrun starts for inference: each one's device, and what they decide or do together."""
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from mrl_files import InputError, device_named
+
+
+def start_device(args):
+    """-> the device; under torchrun this process's own, after joining the group (gloo: only barriers are needed)."""
+    if count_processes() == 1:
+        return make_current(device_named(args.device))
+    gpus = torch.cuda.device_count() if args.device.startswith("cuda") else 0
+    device = make_current(device_named(f"cuda:{int(os.environ['LOCAL_RANK']) % gpus}" if gpus else args.device))
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    return device
+
+
+def make_current(device):
+    """-> the device. Its GPU is now the process's own: the thread that pins batches asks for no other, it would go to
+    GPU 0."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
+def count_processes():
+    """How many torchrun has started."""
+    return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
+
+
+def by_first(work, *args):
+    """Call work(*args) in the first process while the others wait."""
+    together(work if rank() == 0 else lambda *_: None, *args)
+
+
+def together(work, *args):
+    """Call work(*args) in every process and return its result. An error in one process stops all; one reports it."""
+    result = error = None
+    try:
+        result = work(*args)
+    except (InputError, OSError) as caught:
+        error = caught
+    stopped = [error is not None]
+    if dist.is_initialized():
+        stopped *= world()
+        dist.all_gather_object(stopped, error is not None)
+    if any(stopped):
+        raise error if stopped.index(True) == rank() else SystemExit(1)
+    return result
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def warn(text):
+    """Once, whichever number of processes there are."""
+    if rank() == 0:
+        print(f"warning: {text}", file=sys.stderr)

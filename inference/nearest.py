@@ -1,6 +1,8 @@
 """Exact 1-nearest-neighbour search at several representation sizes at once (Table 2). Used by baselines.py."""
+import sys
 from itertools import pairwise
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -14,11 +16,20 @@ def nearest(xb, xq, sizes, device="cpu"):
 
     xb [n, D], xq [q, D] (arrays, may be memory-mapped), sizes: G increasing -> I [G, q] int64, the first among equals.
     The products of a size are those of the size before plus the next slice's, so that all sizes together cost one
-    product at the largest. Rows of zeros have cosine 0 to all.
+    product at the largest. Rows of zeros have cosine 0 to all, and are counted in a note.
     """
+    note_zeros(xb, sizes[0])
     blocks = [nearest_block(xb, on_device(xq[start:start + QUERIES], device), sizes)
               for start in tqdm(range(0, len(xq), QUERIES), desc="1-NN", unit="block")]
     return torch.cat(blocks, dim=1).cpu().numpy()
+
+
+def note_zeros(xb, size):
+    """Say how many rows are zero at the smallest size; at others there are as many or fewer."""
+    count = sum(int((~np.any(xb[lo:lo + DATABASE, :size], axis=1)).sum()) for lo in range(0, len(xb), DATABASE))
+    if count:
+        print(f"note: {count} of {len(xb)} vectors of the database are zero in their first {size} numbers: "
+              "cosine 0 to all, found last", file=sys.stderr)
 
 
 def nearest_block(xb, xq, sizes):

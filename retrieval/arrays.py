@@ -1,8 +1,8 @@
 """The arrays that retrieval reads, and the records that tell which embeddings an index or a list was made from.
 
     file = embeddings_file("../inference", "1K", "train", "mrl")      # ../inference/1K_train_mrl1_e0_ff2048-X.npy
-    xb = mrl_files.read_embeddings(file)                                    # [n, D], memory-mapped
-    yb = mrl_files.read_labels(labels_file(file), len(xb))                  # [n] int64
+    xb = mrl_files.read_embeddings(file)                              # [n, D], memory-mapped
+    yb = mrl_files.read_labels(labels_file(file), len(xb))            # [n] int64
 
 inference/ writes these files; stages.py reads them. A record is a JSON file beside an index or a list: fingerprints of
 the embeddings, and the settings. What has no record that fits is made again.

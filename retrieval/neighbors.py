@@ -4,11 +4,10 @@
 
 xb [n, D] database and xq [q, D] queries are float32 or float16, not normalised, and may be memory-mapped. Prefixes are
 cut to unit length here, so that the squared L2 distance is 2 - 2 cosine. D [q, k] float32 squared distances, nearest
-first; I [q, k] int64 database rows. Exact search tells squared distances apart that differ by 3e-6 or more, as float32
-products do (2.2e-6 was the most that was seen): closer ones (copies of an image; much of a large database at sizes 1
-and 2) come in any order. A graph
-keeps efSearch >= k candidates, so that it fills its lists; where it finds too few even so (many equal vectors, as at
-size 1), the rest is -1 at distance inf.
+first; I [q, k] int64 database rows. Exact search tells squared distances apart that differ by 5e-6 or more, as float32
+products do (2.9e-6 was the most that was seen): closer ones (copies of an image; much of a large database at sizes 1
+and 2) come in any order. A graph keeps efSearch >= k candidates, so that it fills its lists; where it finds too few
+even so (many equal vectors, as at size 1), the rest is -1 at distance inf.
 stages.py writes what comes out of here to files.
 """
 import operator
@@ -27,6 +26,7 @@ from mrl_files import InputError
 INDEXES = {"exactl2": None, "hnsw32": 32, "hnsw8": 8}      # the graph's links per vector and level; None: no graph
 EF_SEARCH = 64                # candidates a graph search keeps, at least; at least k in any case
 MEMORY_GB = 4                 # of normalised vectors held at once; above it exact search reads the file in blocks
+FAR = 4                       # from the origin, where a graph has vectors of zeros: 3 or more from all unit vectors
 ROWS = 65536                  # added to an index at a time
 PRODUCTS = 2 ** 28            # that torch holds at a time: 1 GiB
 
@@ -49,11 +49,11 @@ class Zeros:
         self.told = True
 
 
-def unit(x, dim, what="the database", first=0, zeros=None, opposite=False):
+def unit(x, dim, what="the database", first=0, zeros=None, zeros_far=False):
     """-> [n, dim] float32: the first dim numbers of each row, at length 1; a row of zeros stays one: cosine 0 to all.
 
-    first: the number of x's first row. zeros: a Zeros that counts them. opposite: put them where no feature is,
-    towards (-1, -1, ...): for graphs, whose L2 distance has zeros nearer to a query than what lies at right angles.
+    first: the number of x's first row. zeros: a Zeros that counts them. zeros_far: put them FAR from where they are,
+    for graphs, whose L2 distance has zeros nearer to a query than what lies at right angles.
     """
     u = np.array(x[:, :dim], np.float32, order="C")       # a copy: FAISS normalises in place
     squares = np.empty(len(u), np.float32)
@@ -63,8 +63,8 @@ def unit(x, dim, what="the database", first=0, zeros=None, opposite=False):
         raise InputError(f"{what}: row {first + bad.argmax()} is not finite in its first {dim} numbers "
                          f"({bad.sum()} such rows); write the embeddings again in fp32")
     faiss.normalize_L2(u)
-    if opposite:
-        u[squares == 0] = -dim ** -0.5
+    if zeros_far:
+        u[squares == 0] = -FAR * dim ** -0.5
     if zeros is not None:
         zeros.add((squares == 0).sum(), len(u))
     return u
@@ -91,7 +91,8 @@ def check_queries(xb, xq, k):
 def search(xb, xq, retrieval_dim, k, index="exactl2", **options):
     """-> D [q, k], I [q, k] on the first retrieval_dim numbers. options: those of `searcher`.
 
-    Equal distances come in any order. A vector of zeros has cosine 0 to all (in a graph, less): it is found last.
+    Equal distances come in any order. A vector of zeros has cosine 0 to all: it is found last (by exact search, among
+    features that are not negative, as a ReLU's; by a graph, always).
     Raises InputError for sizes or k that do not fit, and for NaN or infinite vectors.
     """
     return searcher(xb, retrieval_dim, index, **options)(xq, k)
@@ -118,6 +119,7 @@ def searcher(xb, retrieval_dim, index="exactl2", file=None, record=None, device=
         q = unit(xq, retrieval_dim, "the queries", first)
         if index != "exactl2":
             D, I = built.search(q, k, params=faiss.SearchParametersHNSW(efSearch=max(k, EF_SEARCH)))
+            D[(D > 5) | ~q.any(1, keepdims=True)] = 2      # one of the two is zero: cosine 0
             return np.where(I < 0, np.inf, D), I
         found = exact(unit_blocks(xb, retrieval_dim, block, zeros) if streamed else [(0, flat)], q, k, device)
         zeros.tell()
@@ -207,7 +209,7 @@ def built_index(xb, dim, kind, file=None, record=None, zeros=None):
     """The index of all prefixes."""
     graph = INDEXES[kind] is not None
     return build(xb, lambda: new_index(dim, kind),
-                 lambda lo, rows: unit(rows, dim, first=lo, zeros=zeros, opposite=graph), file, record)
+                 lambda lo, rows: unit(rows, dim, first=lo, zeros=zeros, zeros_far=graph), file, record)
 
 
 def build(xb, new, prepare, file=None, record=None):

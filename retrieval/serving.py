@@ -70,7 +70,8 @@ def checked(x, *dims, what="the database", first=0, zeros=None):
 
 
 def opposed(x, dim):
-    """A prefix of zeros made ever so slightly negative, as `unit` does for graphs: FAISS normalises it here."""
+    """Make a prefix of zeros ever so slightly negative. FAISS normalises it: it is opposite to all features that are
+    not negative, as a ReLU's, and found last."""
     x[~x[:, :dim].any(1), :dim] = -1e-15
     return x
 

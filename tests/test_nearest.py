@@ -41,6 +41,17 @@ def test_by_hand():
     assert nearest.nearest(xb, xq, [1, 3]).tolist() == [[0, 0], [0, 1]]
 
 
+def test_rows_of_zeros_are_never_nearest_and_counted_once(arrays, monkeypatch, capsys):
+    monkeypatch.setattr(nearest, "QUERIES", 40)
+    monkeypatch.setattr(nearest, "DATABASE", 200)
+    xb, xq = arrays
+    zero, asked = (xb[:, :2] == 0).all(1), (xq[:, :2] > 0).all(1)
+    found = nearest.nearest(xb, xq, SIZES)[0]
+    assert zero.any() and not zero[found[asked]].any()
+    assert capsys.readouterr().err.count(f"note: {zero.sum()} of 500 vectors of the database are zero in their first 2 "
+                                         "numbers: cosine 0 to all, found last\n") == 1
+
+
 def test_read_only_arrays_are_left_as_they_are(arrays, tmp_path):
     np.save(tmp_path / "xb.npy", arrays[0])
     xb = np.load(tmp_path / "xb.npy", mmap_mode="r")

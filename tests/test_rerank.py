@@ -1,11 +1,7 @@
 """rerank.py: against brute force and the golden lists; the input is never written; any storage gives the same."""
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import retrieval_world
-from conftest import ROOT
 from metrics import retrieval_metrics
 from rerank import funnel, in_row_order, largest_first, rerank
 from retrieval_world import assert_nearest, distances
@@ -161,14 +157,3 @@ def test_what_does_not_fit_is_refused(world, change, dim, shortlist, complaint):
 def test_funnels_that_grow_or_do_not_match_are_refused(world, dims, lengths, complaint):
     with pytest.raises(InputError, match=complaint):
         funnel(*world, dims, lengths)
-
-
-def test_without_a_folder_for_compiled_code(tmp_path):
-    """A read-only checkout and no home: numba finds nowhere to keep what it compiles, and does without."""
-    check = ("import numba.core.caching as caching\n"
-             "caching.CacheImpl._locator_classes = []\n"
-             "import numpy as np, rerank\n"
-             "x = np.eye(4, dtype=np.float32)\n"
-             "print(rerank.rerank(x, x, np.array([[1, 0]] * 4), 4, 2))")
-    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT / "retrieval", capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("[[0 1]"), done.stderr[-2000:]

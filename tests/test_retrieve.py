@@ -1,10 +1,12 @@
 """retrieve.py as a user runs it: the documented commands, and one line for bad input."""
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import retrieval_world
+from conftest import ROOT
 from retrieval_world import assert_nearest
 
 WORLD = retrieval_world.world(900, 40, 32)
@@ -59,6 +61,18 @@ def test_report(retrieve, folders):
     assert printed.count("single-shot") == 8 and printed.count("adaptive") == 12
     assert {p.name for p in (folders[1] / "report").iterdir()} >= {
         "1K_mrl_report.csv", "1K_mrl_size.png", "1K_mrl_cost.png"}
+
+
+def test_without_a_folder_for_compiled_code(run, folders, tmp_path):
+    """A checkout that cannot be written to, and no usable home (for root too): numba finds nowhere to keep anything."""
+    for path in [*(ROOT / "retrieval").glob("*.py"), *(ROOT / "retrieval").glob("*.csv")]:
+        shutil.copy(path, tmp_path)
+    (tmp_path / "__pycache__").write_text("a file: no folder can be made here")
+    caches = {"HOME": "/dev/null/home", "XDG_CACHE_HOME": "/dev/null/cache", "NUMBA_CACHE_DIR": ""}
+    done = run(tmp_path, f"retrieve.py rerank --retrieval_dim 4 --rerank_dims 32 --shortlist 20 --k 20 "
+                         f"--embeddings {folders[0]} --output {tmp_path / 'out'}", env=caches)
+    among = np.load(tmp_path / "out/neighbors/mrl/exactl2_4dim_20shortlist_1K.npy")
+    assert_nearest(WORLD[0], WORLD[2], 32, np.load(done.stdout.strip()), among=among)
 
 
 @pytest.mark.parametrize("command, complaint", [

@@ -1,10 +1,13 @@
 """FFCV 1.0.2 imported without its side effects. Imported by all modules of this folder before anything else of FFCV."""
+import gc
+
 import numba.typed
 import numpy as np
 import torch
 
 threads, typed_dict = torch.get_num_threads(), numba.typed.Dict
 numba.typed.Dict = dict             # FFCV keeps two constants in one, which numba compiles for 3 seconds
+from ffcv.loader import Loader  # noqa: E402
 from ffcv.loader.epoch_iterator import IS_CUDA, EpochIterator  # noqa: E402
 from ffcv.memory_managers import OSCacheManager  # noqa: E402
 from ffcv.pipeline.compiler import Compiler  # noqa: E402
@@ -35,6 +38,7 @@ def compile_reader(self):
 
 
 run, next_batch, run_pipeline = EpochIterator.run, EpochIterator.__next__, EpochIterator.run_pipeline
+close = EpochIterator.close
 
 
 def run_and_tell(self):
@@ -60,13 +64,27 @@ def next_or_raise(self):
 def run_after_copy(self, number, images, slot, event):
     """FFCV orders only what the GPU does: the copy out of this slot's pinned memory may still wait there, when the CPU
     writes the next batch into it. The thread that decodes waits for it; training does not."""
+    if self.terminate_event.is_set():
+        raise StopIteration              # closed: FFCV itself looks only where its queue is full
     if IS_CUDA:
         self.cuda_streams[slot].synchronize()
-    return run_pipeline(self, number, images, slot, event)
+    batch = run_pipeline(self, number, images, slot, event)
+    if not self.loader.compiled:
+        self.loader.compiled = True
+        gc.collect()      # numba has left exceptions in a cycle, whose frames hold this iterator and all its buffers
+    return batch
+
+
+def close_and_empty(self):
+    """FFCV's thread says that it has ended by a last item, and waits for ever where the queue is full and not read."""
+    close(self)
+    while not self.output_queue.empty():
+        self.output_queue.get_nowait()
 
 
 EpochIterator.failure = None         # of the class: the thread starts before an instance could set it
 EpochIterator.run, EpochIterator.__next__ = run_and_tell, next_or_raise
-EpochIterator.run_pipeline = run_after_copy
+EpochIterator.run_pipeline, EpochIterator.close = run_after_copy, close_and_empty
+Loader.compiled = False              # of the class: has a batch of this loader been made?
 Compiler.set_num_threads = classmethod(set_num_threads)
 OSCacheManager.compile_reader = compile_reader

@@ -57,16 +57,11 @@ def test_what_killed_saves_left_is_removed(tmp_path):
 
 
 def test_one_run_at_a_time_trains_in_a_folder(tmp_path):
-    with checkpoint.alone_in(tmp_path), pytest.raises(InputError, match="another process trains in it"):
-        with checkpoint.alone_in(tmp_path):
+    with checkpoint.lock_folder(tmp_path), pytest.raises(InputError, match="another process trains in it"):
+        with checkpoint.lock_folder(tmp_path):
             pass
-    with checkpoint.alone_in(tmp_path):
+    with checkpoint.lock_folder(tmp_path):
         pass
-
-
-def test_the_log_is_json(tmp_path):
-    checkpoint.append_log(tmp_path, {"epoch": 0, "train_loss": float("nan")})
-    assert (tmp_path / "log").read_text() == '{"epoch": 0, "train_loss": null}\n'
 
 
 def test_nothing_readable_is_an_error_not_a_new_beginning(tmp_path):
@@ -86,15 +81,6 @@ def test_what_does_not_change_results_may_change(tmp_path):
         checkpoint.check_same_run(tmp_path, SETTINGS | {"training": {"epochs": 3, "seed": 1}})
     with pytest.raises(InputError, match="no run folder"):
         checkpoint.saved_settings(tmp_path / "elsewhere")
-
-
-def test_the_log_forgets_epochs_that_run_again(tmp_path):
-    for epoch in range(3):
-        checkpoint.append_log(tmp_path, {"epoch": epoch})
-    with open(tmp_path / "log", "a") as file:
-        file.write('{"epoch": 3, "top')      # killed while writing
-    checkpoint.forget_after(tmp_path, 2)
-    assert checkpoint.read_log(tmp_path) == [{"epoch": 0}, {"epoch": 1}]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import checkpoint
-import collectives
 import kill_and_resume
+import launch
 import pytest
 import train_imagenet
 from conftest import ROOT, free_port
@@ -37,7 +37,7 @@ def train(ffcv, tmp_path, monkeypatch):
 def stop_after(monkeypatch, steps):
     """The next run is asked to stop after so many steps."""
     left = iter(range(steps - 1, -1, -1))
-    monkeypatch.setattr(collectives.StopRequest, "asked", lambda self: 0 if next(left) else int(signal.SIGTERM))
+    monkeypatch.setattr(launch.StopRequest, "asked", lambda self: 0 if next(left) else int(signal.SIGTERM))
 
 
 def log(folder):
@@ -76,7 +76,7 @@ def test_a_run_goes_on_only_as_it_began(train, monkeypatch):
 
 def test_a_second_process_is_kept_out_of_a_run(train, tmp_path):
     (tmp_path / "run").mkdir()
-    with checkpoint.alone_in(tmp_path / "run"), pytest.raises(InputError, match="another process trains in it"):
+    with checkpoint.lock_folder(tmp_path / "run"), pytest.raises(InputError, match="another process trains in it"):
         train("run")
 
 

@@ -42,7 +42,7 @@ def settings(start_ramp=0, end_ramp=0, epochs=4, **changes):
                                      {"start_ramp": 29, "end_ramp": 34, "epochs": 40},
                                      {"lr_peak_epoch": 5, "lr_schedule_type": "step"}], ids=str)
 def test_schedules_that_can_be_followed(changes):
-    schedules.check(settings(**changes))
+    schedules.check_schedules(settings(**changes))
 
 
 @pytest.mark.parametrize("changes, says", [
@@ -51,7 +51,7 @@ def test_schedules_that_can_be_followed(changes):
     ({"start_ramp": 2, "end_ramp": 1}, "--resolution.start_ramp=2: is after --resolution.end_ramp=1")], ids=str)
 def test_schedules_that_cannot(changes, says):
     with pytest.raises(InputError, match=says):
-        schedules.check(settings(**changes))
+        schedules.check_schedules(settings(**changes))
 
 
 def test_resolutions_equal_the_original(golden):

@@ -12,7 +12,7 @@ import write_imagenet
 from conftest import ROOT, with_python
 from ffcv.fields.rgb_image import IMAGE_MODES
 from ffcv.reader import Reader
-from ffcv_files import check_files
+from loaders import check_files
 from PIL import Image
 
 from mrl_files import InputError

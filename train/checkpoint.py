@@ -7,8 +7,6 @@ checkpoint.pt     everything needed to go on; checkpoint_previous.pt is the one 
                   What stands there and is no checkpoint of this run becomes checkpoint_refused.pt.
 final_weights.pt  the plain state dict. Read by inference/ and model_analysis/.
 """
-import json
-import math
 import os
 import platform
 import subprocess
@@ -73,7 +71,7 @@ def make_folder(path):
         raise InputError(f"--logging.folder: cannot write to {path}")
 
 
-def alone_in(folder):
+def lock_folder(folder):
     """The context in which no second run trains in this folder."""
     return locked(folder / CURRENT, f"{folder}: another process trains in it; wait for its end, or choose another "
                                     "--logging.name")
@@ -148,28 +146,3 @@ def read(path, run=None):
     if state.get("run") != run:
         raise InputError(f"{path}: a checkpoint of another run")
     return state
-
-
-def append_log(folder, record):
-    """A line of JSON, which knows no NaN: null."""
-    record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    with open(folder / "log", "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def read_log(folder):
-    """-> list of the log's records; a line that a killed run left unfinished is dropped."""
-    records = []
-    for line in (folder / "log").read_text(encoding="utf-8").splitlines() if (folder / "log").exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
-
-
-def forget_after(folder, epoch):
-    """Drop the log's records of epochs that will run again."""
-    kept = [record for record in read_log(folder) if record["epoch"] < epoch]
-    with replacing(folder / "log") as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""One process or many: start them, and say who each is. Used by train_imagenet.py.
+"""One process or many: start them, say who each is, and let them agree. Used by train_imagenet.py and trainer.py.
 
     --training.distributed=1 --dist.world_size=2        this script starts the processes, as the original
     torchrun --nproc_per_node=2 train_imagenet.py ...   torchrun starts them; its environment wins
@@ -117,7 +117,7 @@ def spawn(worker, settings, *args):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // world_size(settings))))
     context = mp.start_processes(run_spawned, (worker, settings, *args), nprocs=world_size(settings),
                                  join=False, start_method="spawn")
-    # The processes stop by themselves when asked to (collectives.StopRequest); this one passes the word on and waits.
+    # The processes stop by themselves when asked to (StopRequest); this one passes the word on and waits.
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda s, _: [os.kill(p.pid, signal.SIGTERM) for p in context.processes if p.is_alive()])
     try:
@@ -168,3 +168,84 @@ def meeting_place(rank, size):
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     return store
+
+
+# ------------------------------------------------------------------------------------------------ what they agree on
+# Each function takes the Process it runs in; with a single process it returns its input unchanged.
+
+class StopRequest:
+    """Turns SIGTERM and Ctrl-C into a question that all processes answer alike: shall we stop after this step?
+
+    A second Ctrl-C ends the process at once. (SIGTERM often comes twice: to all processes, and passed on by what
+    started them.)
+    """
+
+    def __init__(self, process):
+        self.alone, self.signum = process.alone, 0
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self.note)
+
+    def note(self, signum, _):
+        self.signum = signum
+        if signum == signal.SIGINT:
+            signal.signal(signum, signal.SIG_DFL)
+
+    def asked(self):
+        """-> the signal's number, 0 if there was none. Every process must call it after the same steps."""
+        if self.alone:
+            return self.signum
+        signum = torch.tensor(self.signum)
+        dist.all_reduce(signum, dist.ReduceOp.MAX)
+        return int(signum)
+
+
+def total(process, tensor):
+    """-> the tensor, summed over all processes in place."""
+    if not process.alone:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def mean_of_each(world_size, bucket):
+    """DDP's mean over the processes, for each gradient by itself.
+
+    DDP deals the gradients into other buckets after a start's first step, and gloo's sums over three or more processes
+    depend on the place in a bucket: a resumed run would not be equal to the bit.
+    """
+    sums = [dist.all_reduce(gradient, async_op=True).get_future() for gradient in bucket.gradients()]
+
+    def mean(_):
+        for each in sums:
+            each.value()      # raises what went wrong, such as the end of another process
+        return bucket.buffer().div_(world_size)
+    return torch.futures.collect_all(sums).then(mean)
+
+
+def gather(process, item):
+    """-> list of every process's item (plain objects), in each process."""
+    if process.alone:
+        return [item]
+    items = [None] * process.world_size
+    dist.all_gather_object(items, item)
+    return items
+
+
+def share(process, item):
+    """-> the first process's item (plain objects and CPU tensors), in every process."""
+    if process.alone:
+        return item
+    items = [item]
+    dist.broadcast_object_list(items, 0, device=torch.device("cpu"))
+    return items[0]
+
+
+def wait(process):
+    """For all processes to come here. (Over gloo: a barrier of NCCL would also wait for the GPU.)"""
+    share(process, None)
+
+
+def share_buffers(process, model):
+    """The first process's running statistics for all, so that they validate the same model."""
+    if not process.alone:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)

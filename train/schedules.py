@@ -6,7 +6,7 @@ from mrl_files import InputError
 PEAK = 2        # epoch of the highest rate where none is given: the original's
 
 
-def check(settings):
+def check_schedules(settings):
     """InputError for schedules that cannot be followed."""
     ramp, peak, epochs = settings.resolution, settings.lr.lr_peak_epoch, settings.training.epochs
     if ramp.start_ramp > ramp.end_ramp:

@@ -34,7 +34,7 @@ def read_settings(config, description, defaults=None):
     """
     config.content.clear()
     config.collect(defaults or {})
-    files = {path: read_config(path, config) for path in looked_up("--config-file", "-C", action="append") or []}
+    files = {path: read_config(path, config) for path in read_flag("--config-file", "-C", action="append") or []}
     config.collect_config_file = lambda path: config.collect(files[path])      # fastargs' own follows the locale
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     config.augment_argparse(parser)
@@ -58,7 +58,7 @@ def checked(config):
     return SimpleNamespace(**{name: SimpleNamespace(**values) for name, values in sections.items()})
 
 
-def looked_up(*flag, **options):
+def read_flag(*flag, **options):
     """-> the value of a flag that is needed before all settings are read; None where it is not given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(*flag, dest="value", **options)

@@ -15,16 +15,15 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import checkpoint
-import collectives
+import epoch_log
 import launch
 import schedules
+from augmentation import SCALE
 from fastargs import Config, Param, Section
 from fastargs.validation import And, InRange, OneOf
-from ffcv_files import check_files
-from loaders import train_loader, val_loader
+from loaders import check_files, train_loader, val_loader
 from recipe import check_images, make_model, model_spec
-from seeded_crop import SCALE
-from settings import PATH, as_dict, looked_up, read_settings
+from settings import PATH, as_dict, read_flag, read_settings
 from trainer import Trainer
 
 from mrl_files import InputError, command_line, file_path
@@ -109,23 +108,23 @@ Section("dist", "processes started by this script; under torchrun its environmen
 def worker(process, settings, spec, folder):
     """What every process does."""
     d, v = settings.data, settings.validation
-    stop = None if settings.training.eval_only else collectives.StopRequest(process)
+    stop = None if settings.training.eval_only else launch.StopRequest(process)
     trainer = Trainer(process, settings, spec, folder)
     val = val_loader(d.val_dataset, batch_size=v.batch_size, num_workers=d.num_workers, resolution=v.resolution,
                      device=process.device, rank=process.rank, world_size=process.world_size)
     if settings.training.eval_only:
         return validate_only(trainer, val)
-    with checkpoint.alone_in(folder) if process.first else nullcontext():
-        go_on(trainer, val, stop)
+    with checkpoint.lock_folder(folder) if process.first else nullcontext():
+        train_to_the_end(trainer, val, stop)
 
 
-def go_on(trainer, val, stop):
+def train_to_the_end(trainer, val, stop):
     """Train from the last checkpoint on, or from the beginning, to the end."""
     process, settings, folder = trainer.process, trainer.settings, trainer.folder
-    if state := collectives.share(process, checkpoint.restore(folder) if process.first else None):
+    if state := launch.share(process, checkpoint.restore(folder) if process.first else None):
         trainer.restore(state)
     if process.first:
-        checkpoint.forget_after(folder, trainer.epoch)
+        epoch_log.forget_after(folder, trainer.epoch)
     d, t = settings.data, settings.training
     train = train_loader(d.train_dataset, batch_size=t.batch_size, num_workers=d.num_workers, in_memory=d.in_memory,
                          resolution=settings.resolution.min_res, seed=t.seed, device=process.device,
@@ -136,7 +135,7 @@ def go_on(trainer, val, stop):
 def validate_only(trainer, val):
     record = {"epoch": -1, "timestamp": time.time(), **trainer.validate(val)}
     if trainer.process.first:
-        checkpoint.append_log(trainer.folder, record)
+        epoch_log.append_log(trainer.folder, record)
         print("\n".join(f"{k}: {x:.4f}" for k, x in record.items() if k.startswith(("top", "val_loss"))))
 
 
@@ -148,14 +147,14 @@ def run_folder(settings):
     return Path(settings.logging.folder) / name
 
 
-def check(settings, spec):
+def check_settings(settings, spec):
     """Raise InputError for settings that would fail, or silently go wrong, only after the processes have started."""
     launch.check_devices(settings)
     if settings.training.eval_only != bool(settings.training.path):
         raise InputError("--training.eval_only=1 and --training.path=<weights> go together")
     if settings.training.precision == "fp16" and settings.training.device == "cpu":
         raise InputError("--training.precision=fp16: on a CPU use fp32 or bf16")
-    schedules.check(settings)
+    schedules.check_schedules(settings)
     if settings.dist.world_size > 1 and not settings.data.in_memory:
         raise InputError("--data.in_memory=0 with several processes: FFCV would hold nearly the whole file in each; "
                          "give 1: the file is mapped, and what does not fit in memory is read again")
@@ -182,13 +181,13 @@ def open_folder(folder, settings, spec):
 
 
 def main():
-    folder = looked_up("--training.resume", type=lambda text: Path(file_path(text)))      # the settings come from there
+    folder = read_flag("--training.resume", type=lambda text: Path(file_path(text)))      # the settings come from there
     settings = read_settings(CONFIG, __doc__, checkpoint.saved_settings(folder) if folder else None)
     if settings.training.resume and not folder:
         raise InputError("training.resume in a config file: give --training.resume on the command line")
     settings.dist.world_size = launch.world_size(settings)
     spec = model_spec(settings)
-    check(settings, spec)
+    check_settings(settings, spec)
     folder = folder or run_folder(settings)
     if launch.is_first():
         open_folder(folder, settings, spec)

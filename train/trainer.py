@@ -4,14 +4,12 @@ import sys
 import time
 
 import checkpoint
-import collectives
+import launch
 import schedules
 import torch
-from epoch_table import named, table
-from launch import StoppedTogether
+from epoch_log import Stopwatch, append_log, named, table
 from loaders import normalise, pixel_statistics
 from recipe import make_criterion, make_model, make_optimizer, train_mode
-from stopwatch import Stopwatch
 from torch import nn
 from tqdm import tqdm
 
@@ -50,43 +48,8 @@ class Trainer:
         if self.device.type == "cuda":
             return nn.parallel.DistributedDataParallel(self.model, [self.device], gradient_as_bucket_view=True)
         parallel = nn.parallel.DistributedDataParallel(self.model)
-        parallel.register_comm_hook(self.process.world_size, collectives.mean_of_each)
+        parallel.register_comm_hook(self.process.world_size, launch.mean_of_each)
         return parallel
-
-    # ---- state
-
-    def save(self):
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state()
-        rngs = collectives.gather(self.process, rng)
-        losses = collectives.total(self.process, self.losses.clone())
-        if self.process.first:
-            checkpoint.save(self.folder, {
-                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "rng": rngs, "losses": losses / self.process.world_size,
-                "epoch": self.epoch, "step": self.step, "elapsed": self.elapsed()})
-
-    def restore(self, state):
-        try:
-            self.load(state)
-        except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"{self.folder / checkpoint.CURRENT}: is not of this run "
-                             f"({reason(error)})") from None
-
-    def load(self, state):
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        rng = state["rng"][self.process.rank]
-        torch.set_rng_state(rng["cpu"])
-        if "cuda" in rng:
-            torch.cuda.set_rng_state(rng["cuda"])
-        self.losses.copy_(state["losses"])
-        self.epoch, self.step, self.before = state["epoch"], state["step"], state["elapsed"]
-
-    def elapsed(self):
-        return self.before + time.time() - self.began
 
     # ---- training
 
@@ -138,8 +101,8 @@ class Trainer:
         if self.process.first:
             print(f"stopped in epoch {self.epoch + 1} after {self.step} steps; go on with "
                   f"--training.resume={self.folder}", file=sys.stderr)
-        collectives.wait(self.process)      # wait until all is saved: the first to exit ends the others
-        raise StoppedTogether(128 + signum)
+        launch.wait(self.process)      # wait until all is saved: the first to exit ends the others
+        raise launch.StoppedTogether(128 + signum)
 
     def run(self, loader, val, stop):
         """The epochs that are left; then final_weights.pt."""
@@ -158,7 +121,7 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats()
         speed, waiting = self.train_epoch(loader, stop)
         self.check_weights()
-        waiting = collectives.gather(self.process, waiting)
+        waiting = launch.gather(self.process, waiting)
         record = {"epoch": self.epoch, "train_time": time.time() - start, "images_per_second": speed,
                   "waiting_for_data": max(waiting), "waiting_most": waiting.index(max(waiting)),
                   "resolution": loader.pipeline_specs["image"].decoder.output_size[0],
@@ -173,12 +136,12 @@ class Trainer:
         All processes decide together: each has running statistics of its own, and one that ended alone would leave the
         others waiting.
         """
-        found = [what for what in collectives.gather(self.process, self.diverged()) if what]
+        found = [what for what in launch.gather(self.process, self.diverged()) if what]
         if found and self.process.first:
             raise InputError(f"epoch {self.epoch + 1}: {found[0]}. Begin anew with a lower --lr.lr or "
                              f"with --training.precision=bf16; the last checkpoint stays in {self.folder}")
         if found:
-            collectives.wait(self.process)      # the first process reports the error for all
+            launch.wait(self.process)      # the first process reports the error for all
 
     def diverged(self):
         """-> what is wrong in this process, or None. In fp16 GradScaler skips each step whose gradient is not finite:
@@ -193,17 +156,17 @@ class Trainer:
 
     def train_losses(self, steps):
         """-> the epoch's mean loss, and that of each size; over all processes."""
-        losses = collectives.total(self.process, self.losses / (steps * self.process.world_size))
+        losses = launch.total(self.process, self.losses / (steps * self.process.world_size))
         sizes = named(self.spec, "train_loss", losses)
         return {**sizes, "train_loss": self.criterion.weighted_sum(losses).item()}
 
     def finish_epoch(self, record):
         record = {"timestamp": time.time(), "relative_time": self.elapsed(), **record,
-                  "peak_memory_mb": max(collectives.gather(self.process, self.peak_memory()))}
+                  "peak_memory_mb": max(launch.gather(self.process, self.peak_memory()))}
         self.epoch, self.step = self.epoch + 1, 0
         self.losses.zero_()
         if self.process.first:
-            checkpoint.append_log(self.folder, record)
+            append_log(self.folder, record)
             print(table(record, self.spec, self.settings.training.epochs), flush=True)
         self.save()
 
@@ -217,7 +180,7 @@ class Trainer:
     def validate(self, loader):
         """Every image once, over all processes -> {top_1, top_5, val_loss (of each size), val_time}; fractions."""
         start = time.time()
-        collectives.share_buffers(self.process, self.model)
+        launch.share_buffers(self.process, self.model)
         self.model.eval()
         sums = torch.zeros(3, len(self.spec["nesting_list"]), device=self.device, dtype=torch.float64)
         n = torch.zeros(1, device=self.device, dtype=torch.int64)
@@ -226,7 +189,7 @@ class Trainer:
             for images, labels in self.bar(loader, "validation"):
                 sums += count(self.val_logits(normalise(images, self.mean, self.std)), labels.flatten())
                 n += len(images)
-        top_1, top_5, loss = collectives.total(self.process, sums) / collectives.total(self.process, n)
+        top_1, top_5, loss = launch.total(self.process, sums) / launch.total(self.process, n)
         return {**named(self.spec, "top_1", top_1), **named(self.spec, "top_5", top_5),
                 **named(self.spec, "val_loss", loss), "val_images": n.item(), "val_time": time.time() - start}
 
@@ -236,3 +199,38 @@ class Trainer:
         if self.settings.validation.lr_tta:
             logits = (logits + stack_logits(self.model(images.flip(-1)))) / 2
         return logits
+
+    # ---- state
+
+    def save(self):
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state()
+        rngs = launch.gather(self.process, rng)
+        losses = launch.total(self.process, self.losses.clone())
+        if self.process.first:
+            checkpoint.save(self.folder, {
+                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(), "rng": rngs, "losses": losses / self.process.world_size,
+                "epoch": self.epoch, "step": self.step, "elapsed": self.elapsed()})
+
+    def restore(self, state):
+        try:
+            self.load(state)
+        except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"{self.folder / checkpoint.CURRENT}: is not of this run "
+                             f"({reason(error)})") from None
+
+    def load(self, state):
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        rng = state["rng"][self.process.rank]
+        torch.set_rng_state(rng["cpu"])
+        if "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"])
+        self.losses.copy_(state["losses"])
+        self.epoch, self.step, self.before = state["epoch"], state["step"], state["elapsed"]
+
+    def elapsed(self):
+        return self.before + time.time() - self.began

@@ -22,7 +22,7 @@ from fastargs.validation import And, InRange, OneOf
 from ffcv import writer as ffcv_writer
 from ffcv.fields import IntField, RGBImageField
 from ffcv.writer import MIN_PAGE_SIZE, DatasetWriter
-from ffcv_files import companion
+from loaders import companion
 from PIL import Image
 from settings import PATH, read_settings
 from torch.utils.data import Dataset

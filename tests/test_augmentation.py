@@ -1,7 +1,7 @@
 """The crops and flips that training draws: distributed as the usual ones."""
 import numpy as np
 import torch
-from seeded_crop import FLIP, image_keys, mirror, random_crop, uniform
+from augmentation import FLIP, image_keys, mirror, random_crop, uniform
 from torchvision.transforms import RandomResizedCrop
 
 

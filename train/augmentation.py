@@ -1,7 +1,10 @@
-"""FFCV's random crop and flip, drawn from (seed, epoch, image index): the same pixels from the same seed.
+"""What happens to a training image: a random crop and a flip. The place to change augmentation.
 
-FFCV's own use a generator per thread, which cannot be seeded. Here each image of an epoch has a key of 64 bits, which
-loaders.py puts into the image's metadata, and all of its random numbers are hashes of that key.
+All random numbers of an image come from (seed, epoch, image index), so that a run sees the same pixels whatever its
+number of workers and processes, and after a restart. FFCV's own crop draws from a generator per thread, which cannot
+be seeded. Here each image of an epoch has a key of 64 bits, which loaders.py puts into the image's metadata;
+`uniform(key, draw, ...)` is its draw-th number. A new operation goes into `SeededCrop.generate_code`, with draws of its
+own above FLIP; what works on whole batches can also stand in `loaders.normalise`, on the device.
 """
 import ffcv_repairs  # noqa: F401
 import numba

@@ -6,7 +6,7 @@ warning; nothing is left behind, and what was there stays as it was. Code hidden
 folder `ran`. All input lies under paths with spaces and letters beyond ASCII. Most commands run in this process, as
 scripts; those that start processes of their own, or are interrupted, run as a user's would.
 
-Refused, 152: 44 train_imagenet, 33 pytorch_inference, 29 retrieve, 12 baselines, 11 cascades, 10 write_imagenet,
+Refused, 153: 45 train_imagenet, 33 pytorch_inference, 29 retrieve, 12 baselines, 11 cascades, 10 write_imagenet,
 10 build_imagenet4k, 2 prepare, 1 pictures. Absurd, but valid: 10. Interrupted: 6. Shell scripts: 2.
 """
 import ctypes
@@ -186,6 +186,7 @@ TABLE = [
     Row("a port of letters", TRAIN + TWO + " --dist.port=http", "--dist.port=http"),
     Row("a port past the last", TRAIN + TWO + " --dist.port=99999", "--dist.port=99999"),
     Row("a batch of a billion", TRAIN + " --training.batch_size=1000000000", "--training.batch_size"),
+    Row("a batch of one for BatchNorm", TRAIN + " --training.batch_size=1", "--training.batch_size=1: is too small"),
     Row("a seed past 64 bits", TRAIN + f" --training.seed={10 ** 30}", "--training.seed=1000"),
     Row("images of a billion pixels a side", TRAIN + " --validation.resolution=1000000000", "--validation.resolution"),
     Row("a peak before the start", TRAIN + " --lr.lr_peak_epoch=-3", "--lr.lr_peak_epoch=-3"),

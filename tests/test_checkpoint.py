@@ -20,6 +20,18 @@ def test_save_and_restore(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "checkpoint_previous.pt"]
 
 
+class OnGpu:
+    """As much of a GPU's tensor as saving asks for."""
+
+    def cpu(self):
+        return torch.ones(2)
+
+
+def test_final_weights_need_no_gpu(tmp_path):
+    checkpoint.save_weights(tmp_path, {"w": OnGpu()})
+    assert torch.equal(torch.load(tmp_path / "final_weights.pt", weights_only=True)["w"], torch.ones(2))
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "foreign", "another run's", "missing"])
 def test_a_broken_checkpoint_is_named_and_the_previous_used(tmp_path, capsys, damage):
     checkpoint.write_params(tmp_path, SETTINGS, {"head": "mrl"})

@@ -1,6 +1,7 @@
 """Which process is which, and what cannot start; the commands themselves are in test_train_commands and test_resume."""
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import launch
@@ -39,6 +40,24 @@ def test_a_process_that_was_killed_is_named(monkeypatch):
     wanted.dist.port = str(free_port())
     with pytest.raises(InputError, match=r"process \d was ended by SIGKILL \(out of memory\?\).*--training.resume="):
         launch.spawn(killed, wanted)
+
+
+def ended_one_by_one(process, settings, folder):
+    if not process.first:
+        time.sleep(1)
+        (folder / "ended by itself").touch()
+    os._exit(143)      # now, not after Python has tidied up
+
+
+@pytest.mark.skipif(not launch.GRACE, reason="this PyTorch ends the others at once")
+def test_the_others_get_time_to_end(monkeypatch, tmp_path, caplog):
+    """Else PyTorch ends them, and says so after a stop that went as it should."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    wanted = settings()
+    wanted.dist.port = str(free_port())
+    with pytest.raises(SystemExit, match="143"):
+        launch.spawn(ended_one_by_one, wanted, tmp_path)
+    assert (tmp_path / "ended by itself").exists() and not caplog.records
 
 
 def test_a_clusters_own_variables_do_not_count(monkeypatch):

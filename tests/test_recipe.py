@@ -96,10 +96,10 @@ def test_momentum_begins_with_zeros_where_the_first_step_overflows():
 
 
 def test_images_and_batches_of_sizes_that_networks_do_not_take():
-    def resolutions(train, val, batch=2):
-        return SimpleNamespace(resolution=SimpleNamespace(min_res=train, max_res=train),
-                               validation=SimpleNamespace(resolution=val),
-                               training=SimpleNamespace(batch_size=batch))
+    def resolutions(train, val, batch=2, last=None, trainable=None, eval_only=0):
+        return SimpleNamespace(resolution=SimpleNamespace(min_res=train, max_res=last or train),
+                               validation=SimpleNamespace(resolution=val), model=SimpleNamespace(trainable=trainable),
+                               training=SimpleNamespace(batch_size=batch, eval_only=eval_only))
     spec = model_spec(settings(arch="vit_b_16", mrl=1))
     check_images(resolutions(224, 224), spec)
     with pytest.raises(InputError, match=r"--resolution.min_res=160: vit_b_16 does not take .*Expected 224"):
@@ -108,9 +108,13 @@ def test_images_and_batches_of_sizes_that_networks_do_not_take():
         check_images(resolutions(224, 256), spec)
     check_images(resolutions(160, 256), model_spec(settings(mrl=1)))
     check_images(resolutions(64, 64, batch=1), model_spec(settings(arch="resnet18", mrl=1)))      # 2 x 2 values
-    with pytest.raises(InputError, match=r"--training.batch_size=1: is too small for resnet18 at 32 pixels"):
-        check_images(resolutions(32, 32, batch=1), model_spec(settings(arch="resnet18", mrl=1)))
+    for first, last in ((32, 32), (64, 32)):
+        with pytest.raises(InputError, match=r"--training.batch_size=1: is too small for resnet18 at 32 pixels"):
+            check_images(resolutions(first, 32, batch=1, last=last), model_spec(settings(arch="resnet18", mrl=1)))
     check_images(resolutions(32, 32, batch=1), model_spec(settings(arch="convnext_tiny", mrl=1)))      # no BatchNorm
+    for allowed in ({"trainable": "fc"}, {"eval_only": 1}):      # no running statistics are learned
+        check_images(resolutions(32, 32, batch=1, **allowed), model_spec(settings(arch="resnet18", mrl=1)))
+    check_images(resolutions(32, 32, batch=2 ** 62), model_spec(settings(arch="resnet18", mrl=1)))
 
 
 def test_norms_by_type_finds_those_that_the_name_misses():

@@ -1,5 +1,6 @@
 """Validation counts every image once for any number of processes; any architecture learns."""
 import json
+import signal
 import sys
 
 import kill_and_resume
@@ -106,17 +107,28 @@ def test_every_resolution_is_compiled(make_trainer, monkeypatch):
 def test_a_run_that_diverged_ends_before_it_is_saved(trainer):
     trainer.check_weights()
     trainer.model.fc.nesting_classifier_1.weight.data[0, 0] = float("inf")
-    with pytest.raises(mrl_files.InputError, match=r"epoch 1: weights are NaN or infinite.* lower --lr.lr"):
-        trainer.check_weights()
+    for save_and_end in (trainer.check_weights, lambda: trainer.stopped(signal.SIGTERM)):
+        with pytest.raises(mrl_files.InputError, match=r"epoch 1: weights are NaN or infinite.* lower --lr.lr"):
+            save_and_end()
+    assert not list(trainer.folder.iterdir())
+
+
+def use_fp16(patch):
+    """Real fp16, with its loss scale, on the CPU."""
+    patch.setattr("trainer.autocast", lambda *_: torch.autocast("cpu", torch.float16))
+    real = torch.amp.GradScaler
+    patch.setattr(torch.amp, "GradScaler", lambda device, enabled: real(device))
+
+
+def batch():
+    return torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8), torch.tensor([[0], [1], [0], [1]])
 
 
 def test_a_run_that_diverged_in_fp16_ends_too(make_trainer, monkeypatch):
     """GradScaler skips each step: the weights stay finite for ever. With BatchNorm its statistics show it, without the
-    scale does. (Real fp16 on the CPU.)"""
-    monkeypatch.setattr("trainer.autocast", lambda *_: torch.autocast("cpu", torch.float16))
-    real = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: real(device))
-    images, labels = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8), torch.tensor([[0], [1], [0], [1]])
+    scale does."""
+    use_fp16(monkeypatch)
+    images, labels = batch()
     for arch, said in (("resnet18", "running statistics are NaN"), ("convnext_tiny", "the gradients of the last 26")):
         trainer = make_trainer(f"--model.arch={arch}", "--model.mrl=1")
         trainer.train_step(images, labels, 0.01)
@@ -128,6 +140,36 @@ def test_a_run_that_diverged_in_fp16_ends_too(make_trainer, monkeypatch):
         assert all(p.isfinite().all() for p in trainer.model.parameters())
         with pytest.raises(mrl_files.InputError, match=f"epoch 1: {said}.*precision=bf16"):
             trainer.check_weights()
+
+
+def test_what_diverged_in_one_of_two_processes_ends_both(tmp_path, monkeypatch, capfd):
+    """Validation is with the first one's running statistics alone; a second that ended by itself would leave it
+    waiting. One line says why."""
+    words = kill_and_resume.command("a", tmp_path, "run", "--training.distributed=1", "--dist.world_size=2",
+                                    f"--dist.port={free_port()}")
+    monkeypatch.setattr(sys, "argv", words[1:])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    settings = train_imagenet.read_settings(train_imagenet.CONFIG, "")
+    with pytest.raises(SystemExit, match="1"):
+        launch.spawn(diverge_in_the_second, settings, tmp_path)
+    assert (tmp_path / "finite").read_text() == "True"
+    said = capfd.readouterr().err
+    assert said.count("error: epoch 1: running statistics are NaN or infinite") == 1 and "Traceback" not in said
+
+
+def diverge_in_the_second(process, settings, folder):
+    with pytest.MonkeyPatch.context() as patch:
+        use_fp16(patch)
+        trainer = Trainer(process, settings, train_imagenet.model_spec(settings), folder)
+        trainer.train_step(*batch(), 0.01)
+        trainer.check_weights()
+        if not process.first:
+            trainer.model.conv1.weight.data *= 1e6
+        for _ in range(2):
+            trainer.train_step(*batch(), 0.01)
+        if process.first:
+            (folder / "finite").write_text(str(trainer.diverged() is None))
+        trainer.check_weights()
 
 
 def test_tta_averages_the_mirrored_image(trainer):

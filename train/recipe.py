@@ -61,13 +61,17 @@ def check_images(settings, spec):
 
 
 def check_batch_size(model, settings):
-    """BatchNorm learns nothing from one value: a batch of one image whose last map is one pixel."""
-    batch, pixels = settings.training.batch_size, settings.resolution.min_res
+    """BatchNorm learns nothing from one value: a batch of one image whose last map is one pixel. (A frozen one takes
+    it: its running statistics stay.)"""
+    if settings.training.batch_size > 1 or settings.training.eval_only:
+        return
+    pixels = min(settings.resolution.min_res, settings.resolution.max_res)
+    freeze(model, settings.model.trainable)
     train_mode(model)
     try:
-        model(torch.empty(batch, 3, pixels, pixels, device="meta"))
+        model(torch.empty(1, 3, pixels, pixels, device="meta"))
     except ValueError as error:
-        raise InputError(f"--training.batch_size={batch}: is too small for {model.spec['arch']} at {pixels} pixels: "
+        raise InputError(f"--training.batch_size=1: is too small for {model.spec['arch']} at {pixels} pixels: "
                          f"{reason(error)}") from None
 
 

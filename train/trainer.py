@@ -97,6 +97,7 @@ class Trainer:
                     mininterval=0.5 if sys.stderr.isatty() else 30, **more)
 
     def stopped(self, signum):
+        self.check_weights()
         self.save()
         if self.process.first:
             print(f"stopped in epoch {self.epoch + 1} after {self.step} steps; go on with "

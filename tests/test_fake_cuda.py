@@ -98,6 +98,7 @@ def test_a_step_and_a_validation_stay_on_the_gpu(make_trainer, words, precision)
         trainer, layouts = make_trainer(*words, f"--training.precision={precision}"), []
         for module in trainer.model.modules():
             if isinstance(module, nn.Conv2d):
+                assert module.weight.is_contiguous(memory_format=torch.channels_last)
                 module.register_forward_hook(lambda module, given, made: layouts.append(
                     (made.dtype, given[0].is_contiguous(memory_format=torch.channels_last))))
         with WithoutCopies():

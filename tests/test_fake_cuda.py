@@ -1,7 +1,7 @@
 """The training step and validation on tensors that say they are on cuda:0 and hold no numbers (FakeTensorMode).
 
 PyTorch computes each operation's device, dtype and layout as for a GPU. A mix-up of devices raises; so does whatever
-waits for the device, for there is no number to wait for.
+asks for a number, as item() does, for there is none. Copies between GPU and host, which wait too, raise here as well.
 """
 import sys
 
@@ -13,6 +13,8 @@ import train_imagenet
 from loaders import normalise
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from trainer import Trainer
 
 from mrl_models import count
@@ -45,6 +47,7 @@ def make_trainer(monkeypatch, tmp_path):
     monkeypatch.setattr(nn.Module, "to", move)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr(nn.init, "trunc_normal_", lambda weights, **_: weights)      # looks at numbers; ConvNeXt's
 
     def backward(loss):
         """The engine asks for a real GPU; each parameter gets a gradient of its own form."""
@@ -71,32 +74,52 @@ def batch(n, pixels):
             torch.zeros(n, 1, dtype=torch.int64, device="cuda:0"))
 
 
-@pytest.mark.parametrize("changes", [
-    ["--model.mrl=1"], ["--model.mrl=0", "--model.efficient=1"], ["--model.mrl=0", "--model.fixed_feature=16"],
-    ["--training.precision=bf16"], ["--training.precision=fp32"],
-    ["--training.use_blurpool=1", "--model.trainable=fc"]],
-    ids=lambda changes: " ".join(changes))
-def test_a_step_and_a_validation_stay_on_the_gpu(make_trainer, changes):
+class WithoutCopies(TorchDispatchMode):
+    """Raises where an operation has tensors of two devices: it would wait for the GPU."""
+
+    def __torch_dispatch__(self, operation, types, args=(), given=None):
+        made = operation(*args, **(given or {}))
+        devices = {value.device for value in tree_leaves((args, given, made)) if torch.is_tensor(value)}
+        assert len(devices) < 2, f"{operation} copies between {devices}"
+        return made
+
+
+HEADS = {"mrl": [], "mrl_e": ["--model.mrl=0", "--model.efficient=1"],
+         "ff": ["--model.mrl=0", "--model.fixed_feature=16"]}
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+OTHERS = {"convnext": ["--model.arch=convnext_tiny"], "frozen": ["--training.use_blurpool=1", "--model.trainable=fc"]}
+
+
+@pytest.mark.parametrize(("words", "precision"), [
+    *(pytest.param(HEADS[head], precision, id=f"{head}-{precision}") for head in HEADS for precision in PRECISIONS),
+    *(pytest.param(words, "fp16", id=network) for network, words in OTHERS.items())])
+def test_a_step_and_a_validation_stay_on_the_gpu(make_trainer, words, precision):
     with FakeTensorMode(allow_non_fake_inputs=False):
-        trainer, layouts = make_trainer(*changes), []
-        half = {torch.float16, torch.bfloat16} if "fp32" not in changes[-1] else {torch.float32}
+        trainer, layouts = make_trainer(*words, f"--training.precision={precision}"), []
         for module in trainer.model.modules():
             if isinstance(module, nn.Conv2d):
+                assert module.weight.is_contiguous(memory_format=torch.channels_last)
                 module.register_forward_hook(lambda module, given, made: layouts.append(
-                    (made.dtype, made.is_contiguous(memory_format=torch.channels_last))))
-        for pixels in (32, 64):
-            trainer.losses += trainer.train_step(*batch(8, pixels), 0.1)
-        assert {dtype for dtype, _ in layouts} <= half and trainer.losses.device == torch.device("cuda:0")
-        assert all(channels_last for _, channels_last in layouts) or "bf16" in changes[-1]      # PyTorch's stand-in
+                    (made.dtype, given[0].is_contiguous(memory_format=torch.channels_last))))
+        with WithoutCopies():
+            trainer.losses += trainer.train_step(*batch(8, 64), 0.1)
+        assert {dtype for dtype, _ in layouts} == {PRECISIONS[precision]}
+        first = layouts[:1] if precision == "bf16" else layouts      # without a GPU's cuDNN, PyTorch says no more
+        assert all(channels_last for _, channels_last in first)
         assert all(group["fused"] for group in trainer.optimizer.param_groups)
         trainer.model.eval()
-        with torch.no_grad(), trainer.autocast:
-            images, labels = batch(5, 32)
+        with WithoutCopies(), torch.no_grad(), trainer.autocast:
+            images, labels = batch(5, 64)
             logits = trainer.val_logits(normalise(images, trainer.mean, trainer.std))
             sums = count(logits, labels.flatten())
-    assert logits.dtype == torch.float32 and sums.device == logits.device == torch.device("cuda:0")
+    assert logits.dtype == torch.float32
+    assert trainer.losses.device == logits.device == sums.device == torch.device("cuda:0")
 
 
 def test_waiting_for_the_device_is_seen():
-    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
-        torch.zeros(1, device="cuda:0").item()
+    with FakeTensorMode():
+        number = torch.zeros(1, device="cuda:0")
+        with pytest.raises(DataDependentOutputException):
+            number.item()
+        with pytest.raises(AssertionError, match="copies between"), WithoutCopies():
+            number.cpu()

@@ -42,9 +42,15 @@ close = EpochIterator.close
 
 
 def run_and_tell(self):
-    """FFCV's thread ends silently where it fails, and who waits for its next batch waits for ever."""
+    """FFCV's thread ends silently where it fails, and who waits for its next batch waits for ever.
+
+    On a GPU a thread begins on the first one, and would take memory there. And the iterator's memory may be what was
+    given back a moment ago: its streams begin after all that training has asked for until now, which may still read it.
+    """
     if IS_CUDA:
-        torch.cuda.set_device(self.current_stream.device)   # a thread begins on GPU 0, and would take memory there
+        torch.cuda.set_device(self.current_stream.device)
+        for stream in self.cuda_streams:
+            stream.wait_stream(self.current_stream)
     try:
         run(self)
     except BaseException as error:

@@ -1,10 +1,11 @@
-"""One table of what only a GPU can show: training, validation, resuming, embeddings, search. Started by gpu.sh.
+"""The GPU tests, then one table of what only a GPU can show: training, validation, resuming, embeddings, search.
 
     PYTHONPATH=train:inference:retrieval python benchmarks/gpu.py
     PYTHONPATH=train:inference:retrieval python benchmarks/gpu.py --tiny --device cpu        each part, in seconds
 
-Each part runs in a process of its own, within what is left of --minutes: one that fails or takes too long is named in
-its place, and the others go on. Exit status 1 if one failed. Rows: what, figure (median, min–max), ratio, aim.
+Each part runs in a process of its own and has a share of --minutes; what it leaves goes to the parts after it. One that
+fails, is stopped, or finds no time left is named in its place, and the others go on; the exit status is then 1. Rows
+(what, figure as median (min–max), ratio, aim) are printed and kept in --output as they come. gpu.sh starts this.
 """
 import argparse
 import json
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +23,11 @@ import numpy as np
 import torch
 from measure import machine, make_images, seconds, spread
 
-from mrl_files import command_line, file_path, write_json
+from mrl_files import command_line, device_named, file_path, write_json
 
-INFERENCE = Path(__file__).resolve().parent.parent / "inference"
+ROOT = Path(__file__).resolve().parent.parent
+WRONG = "FAILED", "STOPPED", "NOT RUN"      # how the figure of a part begins that has none
+LEAST = 3      # seconds: less is not enough to start Python and PyTorch
 STEP_AIM, HEAD_AIM = "1.4 or more", "1.01 or less"
 
 
@@ -32,7 +36,25 @@ def show(what, figure, ratio="", aim=""):
     print("row " + json.dumps([what, figure, ratio, aim]), flush=True)
 
 
+def memory(device, held=0):
+    """-> the most that PyTorch had on the GPU since the last reset, less what was `held` (bytes) by others."""
+    on_gpu = torch.device(device).type == "cuda"
+    return f"{(torch.cuda.max_memory_allocated() - held) / 2 ** 30:.1f} GiB" if on_gpu else "no GPU"
+
+
 # ------------------------------------------------------------------------------------------------ parts
+
+def tests(sizes):
+    """pytest -m gpu; what it prints goes to stderr. A context on a GPU that is not the process's own is an error."""
+    words = [sys.executable, "-m", "pytest", "-vv", "-m", "gpu", "--continue-on-collection-errors", ROOT / "tests"]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env={**os.environ, "TORCH_CUDA_CHECK_STRAY_CONTEXT": "error"})
+    last = ""
+    for last in process.stdout:
+        print(last, end="", file=sys.stderr, flush=True)
+    show("GPU tests", last.strip(" =\n"), "", "all pass")
+    sys.exit(process.wait())
+
 
 def steps(sizes, compiled):
     """A training step with its data on the device, against the usual recipe (eager fp16, channels-last)."""
@@ -49,17 +71,19 @@ def steps(sizes, compiled):
             mine, usual = speeds["ours", kind], speeds["plain", kind]
             show(f"{label}: {kind}", f"{spread(mine, 4)} images/s", f"{spread(mine / usual)} x usual", STEP_AIM)
         show(f"{label}: MRL's time", "", f"{spread(speeds['ours', 'FF'] / speeds['ours', 'MRL'], 4)} x FF's", HEAD_AIM)
-        show(f"{label}: peak memory of MRL's", peak_memory(works["ours", "MRL"], pixels, args))
+        peaks = [f"{kind} {peak_memory(works['ours', kind], pixels, args)}" for kind in train_step.HEADS]
+        show(f"{label}: peak memory of a step, without weights", ", ".join(peaks))
 
 
 def peak_memory(step, pixels, args):
-    if args.device.type != "cuda":
-        return "no GPU"
+    """-> what a step takes beside what all six models hold between steps: weights, momenta, gradients."""
     images = torch.zeros(args.batch_size, pixels, pixels, 3, dtype=torch.uint8, device=args.device)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    step(images, torch.zeros(args.batch_size, dtype=torch.int64, device=args.device))
-    return f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB (with the other models' weights)"
+    labels, held = torch.zeros(args.batch_size, dtype=torch.int64, device=args.device), 0
+    if args.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+    step(images, labels)
+    return memory(args.device, held)
 
 
 def epochs(sizes):
@@ -70,20 +94,21 @@ def epochs(sizes):
         folder = Path(folder)
         make_images(folder / "images", args.count, args.pixels)
         train_epoch.write_file(folder / "images", folder / "train.ffcv", args.pixels)
-        speed, waiting = train_epoch.train(folder / "train.ffcv", args.workers, folder / "runs", args)
+        records = train_epoch.train(folder / "train.ffcv", args.workers, folder / "runs", args, log_level=1)
+        speed, waiting = train_epoch.speed_and_waiting(records)
         show(f"epochs of {args.count} images from FFCV, {args.workers} workers", f"{spread(speed, 4)} images/s",
              f"{spread(100 * waiting)} % waiting", "less than 5 %")
         whole = folder / "runs" / str(args.workers)
-        last = json.loads((whole / "log").read_text(encoding="utf-8").splitlines()[-1])
-        show("validation", f"{last['val_images'] / last['val_time']:.4g} images/s, compilation of FFCV included")
-        show("peak memory of the training process", f"{last['peak_memory_mb'] / 1024:.1f} GiB")
-        show("killed (SIGKILL) after an epoch and resumed", f"weights differ by at most {killed(whole, folder):.2g} "
-             "of a tensor's largest")
+        show("validation, each image and its mirror image",
+             f"{spread(np.array([r['val_images'] / r['val_time'] for r in records]), 4)} images/s")
+        show("peak memory of training and validation", f"{records[-1]['peak_memory_mb'] / 1024:.1f} GiB")
+        difference = how_far_apart(whole, killed_and_resumed(whole))
+        show("killed (SIGKILL) after an epoch and resumed", "the same weights" if difference == 0 else
+             f"weights differ by at most {difference:.2g} of a tensor's largest", "", "a GPU adds in any order: not 0")
 
 
-def killed(whole, folder):
-    """Begin the run of the folder `whole` again, kill it after its first epoch, resume it -> how far the ends lie
-    apart. On a GPU sums come in any order: not 0."""
+def killed_and_resumed(whole):
+    """Begin the run of the folder `whole` again, kill it after its first epoch, resume it -> its folder."""
     import checkpoint
     import train_epoch
     settings = checkpoint.saved_settings(whole)
@@ -97,29 +122,36 @@ def killed(whole, folder):
     process.send_signal(signal.SIGKILL)
     process.wait()
     train_epoch.python("train_imagenet.py", f"--training.resume={run}")
-    one, other = (torch.load(path / "final_weights.pt", weights_only=True) for path in (whole, run))
+    return run
+
+
+def how_far_apart(*runs):
+    """-> the largest difference between the final weights of two runs, as a share of the tensor's largest number."""
+    one, other = (torch.load(run / "final_weights.pt", weights_only=True) for run in runs)
     return max(((one[k] - other[k]).abs().max() / one[k].abs().max().clamp(min=1e-12)).item()
                for k in one if one[k].is_floating_point())
 
 
-def embeddings(sizes):
-    """The dump that retrieval reads, from image files, in half precision."""
+def dump(sizes):
+    """The embeddings that retrieval reads, from image files, in half precision."""
+    import embeddings
+    from image_set import ImageSet, Preparation
+
     from mrl_models import build_model
-    args = SimpleNamespace(**sizes.epoch)
+    args, device, precision = SimpleNamespace(**sizes.epoch), torch.device(sizes.device), "fp16"
+    if device.type == "cpu":
+        precision = "fp32"
+    model = embeddings.embedder(build_model(args.arch, "mrl", num_classes=10).eval()).to(device)
+    about = embeddings.describe_dump({"nesting_list": [sizes.width]}, precision)
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        for split in ("train", "val"):
-            make_images(folder / split, args.count if split == "train" else 40, args.pixels)
-        model = build_model(args.arch, "mrl", num_classes=10)
-        torch.save(model.state_dict(), folder / "final_weights.pt")
-        write_json(folder / "params.json", {"model": model.spec})
-        words = ["--path", folder / "final_weights.pt", "--retrieval", "--data_root", folder, "--device", sizes.device,
-                 "--retrieval_array_path", folder, "--workers", args.workers, "--batch_size", min(256, args.batch_size)]
-        time_taken = seconds(lambda: subprocess.run(
-            [sys.executable, "pytorch_inference.py", *map(str, words)], cwd=INFERENCE, check=True,
-            stdout=subprocess.DEVNULL))
-    show(f"embeddings of {args.count + 40} image files, fp16, {args.workers} workers",
-         f"{(args.count + 40) / time_taken:.4g} images/s, start included")
+        make_images(folder, args.count, args.pixels)
+        images = ImageSet(folder, sorted(os.listdir(folder)), None, Preparation(*sizes.preparation))
+        times = [seconds(lambda i=i: embeddings.dump(
+            model, images, f"{folder}/{i}", about, device, batch_size=min(256, args.batch_size), workers=args.workers))
+            for i in range(4)]
+    show(f"embeddings of {args.count} image files, {precision}, {args.workers} workers",
+         f"{spread(args.count / np.array(times[1:]), 4)} images/s")      # the first one warms up
+    show("embeddings: peak memory", memory(device))
 
 
 def search(sizes):
@@ -130,49 +162,76 @@ def search(sizes):
     xb, xq = (means[rng.integers(0, 1000, n)] + rng.standard_normal((n, sizes.width), dtype=np.float32)
               for n in sizes.search)
     times, lists = {}, {}
-    for device in (sizes.device, "cpu"):
+    for device, rounds in ((sizes.device, 3), ("cpu", 1)):
         find = neighbors.searcher(xb, sizes.width, device=device)
         find(xq[:8], 10)
-        times[device] = [seconds(lambda find=find, device=device: lists.update({device: find(xq, 10)[1]}))
-                         for _ in range(3 if device != "cpu" else 1)]
+        times[device] = np.array([seconds(lambda find=find, device=device: lists.update({device: find(xq, 10)[1]}))
+                                  for _ in range(rounds)])
     same = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(lists[sizes.device], lists["cpu"], strict=True)])
-    show(f"exact search, {sizes.search[1]} queries in {sizes.search[0]} x {sizes.width}",
-         f"{spread(np.array(times[sizes.device]))} s", f"{times['cpu'][0] / np.median(times[sizes.device]):.3g} x the "
-         f"CPU's {os.cpu_count()} cores; {same:.4f} of the neighbours are the same", "1.0000 of the neighbours")
+    show(f"exact search, {sizes.search[1]} queries in {sizes.search[0]} x {sizes.width}, {engine(sizes.device)}",
+         f"{spread(times[sizes.device])} s", f"{spread(times['cpu'] / times[sizes.device])} x the CPU's "
+         f"{os.cpu_count()} cores; {same:.4f} of the neighbours are the same", "1.0000 of the neighbours")
+    show("exact search: peak memory of PyTorch", memory(sizes.device))
 
 
-PARTS = {"steps": lambda sizes: steps(sizes, 0), "compiled steps": lambda sizes: steps(sizes, 1), "epochs": epochs,
-         "embeddings": embeddings, "search": search}
+def engine(device):
+    """-> what searches there (neighbors.products chooses)."""
+    import neighbors
+    if device == "cpu":
+        return "FAISS"
+    return "FAISS on the GPU" if neighbors.gpu_faiss() else "PyTorch (FAISS-GPU not measured: this FAISS has none)"
+
+
+# What runs, in this order, and its share of the time. Compiling takes longest: it comes last and has all that is left.
+PARTS = {"GPU tests": (2.5, tests), "steps": (2, lambda sizes: steps(sizes, 0)), "epochs": (2.5, epochs),
+         "embeddings": (0.7, dump), "search": (0.7, search), "compiled steps": (2, lambda sizes: steps(sizes, 1))}
 
 
 def sizes_of(args):
     """-> what the parts are run on."""
-    arch, batch = ("resnet18", 4) if args.tiny else ("resnet50", 512)
-    turns = {"rounds": 2, "repeat": 1, "warmup": 1} if args.tiny else {"rounds": 5, "repeat": 5, "warmup": 5}
-    model = {"arch": arch, "classes": 10, "batch_size": batch, "precision": None, "device": torch.device(args.device)}
-    workers = os.cpu_count()
+    tiny = args.tiny
+    turns = {"rounds": 2, "repeat": 1, "warmup": 1} if tiny else {"rounds": 5, "repeat": 4, "warmup": 3}
+    model = {"arch": "resnet18" if tiny else "resnet50", "batch_size": 4 if tiny else 512, "precision": None,
+             "device": torch.device(args.device)}
     return SimpleNamespace(
-        device=args.device, pixels=[32] if args.tiny else [160, 192], width=64 if args.tiny else 2048,
-        search=(500, 20) if args.tiny else (200_000, 2000), step=model | turns | {"classes": 10 if args.tiny else 1000},
-        epoch=model | turns | {"head": "MRL", "compile": 0, "resolution": 32 if args.tiny else 160, "epochs": 3,
-                               "count": 40 if args.tiny else 8192, "pixels": 64 if args.tiny else 500,
-                               "workers": 1 if args.tiny else workers})
+        device=args.device, pixels=[32] if tiny else [160, 192], width=64 if tiny else 2048,
+        search=(500, 20) if tiny else (200_000, 2000), preparation=(36, 32) if tiny else (256, 224),
+        step=model | turns | {"classes": 10 if tiny else 1000},
+        epoch=model | turns | {"head": "MRL", "compile": 0, "classes": 10, "resolution": 32 if tiny else 160,
+                               "epochs": 3, "count": 40 if tiny else 8192, "pixels": 64 if tiny else 500,
+                               "workers": 1 if tiny else os.cpu_count()})
 
 
 # ------------------------------------------------------------------------------------------------ the table
 
-def run_part(name, args, seconds_left):
-    """-> (rows, what went wrong or None)."""
+def run_part(name, args, limit):
+    """Yield the rows of a part as they come; then one that says what went wrong, if anything did. limit: seconds."""
     words = [sys.executable, __file__, "--part", name, "--device", args.device, *(["--tiny"] if args.tiny else [])]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        out, err = process.communicate(timeout=max(1, seconds_left))
-        wrong = None if process.returncode == 0 else (err.strip().splitlines() or [f"status {process.returncode}"])[-1]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)      # and what it started
-        out, _ = process.communicate()
-        wrong = f"not finished: {args.minutes} minutes are over"
-    return [json.loads(line[4:]) for line in out.splitlines() if line.startswith("row ")], wrong
+    stop = time.monotonic() + limit
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=None if name == "GPU tests" else errors,
+                                   text=True, start_new_session=True)
+        timer = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))      # and what it started
+        timer.start()
+        try:
+            yield from (json.loads(line[4:]) for line in process.stdout if line.startswith("row "))
+        except BaseException:      # Ctrl-C: a session of its own does not hear of it
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        finally:
+            process.wait()
+            timer.cancel()
+        errors.seek(0)
+        if process.returncode == -signal.SIGKILL and time.monotonic() >= stop:
+            yield [name, f"STOPPED: its {limit:.0f} s were over", "", ""]
+        elif process.returncode:
+            yield [name, f"FAILED: {last_words(errors.read(), process.returncode)}", "", ""]
+
+
+def last_words(errors, status):
+    """-> the last line of what a part said on stderr, which is shown in full (its end) beside the table."""
+    print(errors[-4000:], end="", file=sys.stderr, flush=True)
+    return (errors.strip().splitlines() or [f"exit status {status}"])[-1].removeprefix("error: ")
 
 
 def print_row(what, figure, ratio, aim):
@@ -182,21 +241,28 @@ def print_row(what, figure, ratio, aim):
 def main():
     args = arguments()
     if args.part:
-        return PARTS[args.part](sizes_of(args))
-    end, table, failed = time.monotonic() + 60 * args.minutes, [], {}
-    print(f"{machine(args.device)}\n")
+        return PARTS[args.part][1](sizes_of(args))
+    device_named(args.device)
+    card, rows = machine(args.device), []
+    print(f"{card}\n")
     print_row("what", "median (min–max)", "ratio", "aim")
     print_row("---", "---", "---", "---")
-    for name in args.parts:
-        rows, wrong = run_part(name, args, end - time.monotonic())
-        if wrong:
-            failed[name] = wrong
-            rows.append([name, f"FAILED: {wrong}", "", ""])
-        for row in rows:
-            print_row(*row)
-        table += rows
-    write_json(args.output, {"machine": machine(args.device), "rows": table, "failed": failed})
-    sys.exit(bool(failed))
+    for row in all_rows(args):
+        print_row(*row)
+        rows.append(row)
+        write_json(args.output, {"machine": card, "rows": rows})
+    sys.exit(any(figure.startswith(WRONG) for _, figure, _, _ in rows))
+
+
+def all_rows(args):
+    """Yield the rows of all parts; of the time that is left each gets its share."""
+    end, shares = time.monotonic() + 60 * args.minutes, [PARTS[name][0] for name in args.parts]
+    for i, name in enumerate(args.parts):
+        limit = (end - time.monotonic()) * shares[i] / sum(shares[i:])
+        if limit < LEAST:
+            yield [name, "NOT RUN: time", "", ""]
+        else:
+            yield from run_part(name, args, limit)
 
 
 def arguments():

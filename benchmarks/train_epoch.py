@@ -58,8 +58,8 @@ def write_file(images, path, pixels):
            "--cfg.compress_probability=0.5", "--cfg.jpeg_quality=90", f"--cfg.num_workers={os.cpu_count()}")
 
 
-def train(path, workers, folder, args):
-    """-> (images/s, share of time waiting), each [epochs - 1], from the log of a run."""
+def train(path, workers, folder, args, log_level=0):
+    """-> the log's records of the epochs after the first (which warms up). log_level: 1 validates after each."""
     head = {"MRL": "--model.mrl=1", "MRL-E": "--model.efficient=1", "FF": "--model.mrl=0"}[args.head]
     python("train_imagenet.py", head, f"--model.arch={args.arch}", f"--model.num_classes={args.classes}",
            f"--data.train_dataset={path}", f"--data.val_dataset={path}", f"--data.num_workers={workers}",
@@ -67,10 +67,14 @@ def train(path, workers, folder, args):
            f"--validation.resolution={args.resolution}", f"--validation.batch_size={args.batch_size}",
            f"--training.batch_size={args.batch_size}", f"--training.epochs={args.epochs}", "--training.use_blurpool=1",
            f"--training.compile={args.compile}", f"--training.precision={args.precision}",
-           f"--training.device={args.device.type}", "--logging.log_level=0", f"--logging.folder={folder}",
+           f"--training.device={args.device.type}", f"--logging.log_level={log_level}", f"--logging.folder={folder}",
            f"--logging.name={workers}")
     log = (folder / str(workers) / "log").read_text(encoding="utf-8")
-    records = [json.loads(line) for line in log.splitlines()][1:]
+    return [json.loads(line) for line in log.splitlines()][1:]
+
+
+def speed_and_waiting(records):
+    """-> (images/s, share of time waiting), each [epochs]."""
     return [np.array([record[key] for record in records]) for key in ("images_per_second", "waiting_for_data")]
 
 
@@ -98,7 +102,7 @@ def measure(folder, args):
     alone = decode(path, args)
     print(f"\n{'workers':>8s}{'training, images/s':>28s}{'waiting, %':>24s}{'FFCV alone, images/s':>28s}")
     for workers in args.workers:
-        speed, waiting = train(path, workers, folder / "runs", args)
+        speed, waiting = speed_and_waiting(train(path, workers, folder / "runs", args))
         print(f"{workers:8d}{spread(speed, 4):>28s}{spread(100 * waiting, 4):>24s}{spread(alone[workers], 4):>28s}",
               flush=True)
     conclude(step_rates(args), alone, args)

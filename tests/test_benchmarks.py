@@ -5,6 +5,7 @@ Their claims are measured at full size, on a quiet machine; see benchmarks/RESUL
 import json
 import math
 import re
+import time
 
 NUMBER = r"[-+.\d]+(?:e[-+]?\d+)?|nan|inf"
 
@@ -114,13 +115,47 @@ def test_analysis(run):
                                                                         "superclasses"]
 
 
-def test_gpu_prints_a_table_of_what_ran_and_names_what_did_not(run, tmp_path):
-    """The parts that are quick on a CPU; the others are those of train_step.py and train_epoch.py."""
-    paths = {"PYTHONPATH": "../train:../inference:../retrieval"}
-    words = f"gpu.py --tiny --device cpu --output {tmp_path}/gpu.json --parts"
-    shown = run("benchmarks", f"{words} search", env=paths).stdout
-    (row,) = [line for line in shown.splitlines() if line.startswith("| exact search, 20 queries in 500 x 64")]
-    assert "; 1.0000 of the neighbours are the same" in row
-    done = run("benchmarks", f"{words} steps search --minutes 0", env=paths, check=False)
-    assert done.returncode == 1 and done.stdout.count("FAILED: not finished: 0.0 minutes are over") == 2
-    assert list(json.loads((tmp_path / "gpu.json").read_text())["failed"]) == ["steps", "search"]
+def run_gpu(run, tmp_path, words, **replaced):
+    """gpu.py at a tiny size, with other modules in the place of some -> (done, {what: figure} of its table)."""
+    for module, text in replaced.items():
+        (tmp_path / f"{module}.py").write_text(text)
+    done = run("benchmarks", f"gpu.py --tiny --device cpu --output {tmp_path}/gpu.json {words}", check=False,
+               env={"PYTHONPATH": f"{tmp_path}:../train:../inference:../retrieval"})
+    table = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
+    kept = json.loads((tmp_path / "gpu.json").read_text())["rows"] if (tmp_path / "gpu.json").exists() else []
+    assert [row[0] for row in table] == [row[0] for row in kept]
+    return done, {row[0]: " | ".join(row[1:]) for row in kept}
+
+
+def test_gpu_goes_on_after_a_part_that_fails(run, tmp_path):
+    """Its epochs are those of train_epoch.py, which take too long to be run twice."""
+    done, table = run_gpu(run, tmp_path, "--parts embeddings steps search", embeddings="raise RuntimeError('broken')")
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert table.pop("embeddings").startswith("FAILED: RuntimeError: broken")
+    steps = {name: row for name, row in table.items() if name.startswith("step, 32 px, compile=0: ")}
+    assert [name.split(": ")[1] for name in steps] == ["FF", "MRL", "MRL-E", "MRL's time",
+                                                       "peak memory of a step, without weights"]
+    for row in list(steps.values())[:3]:
+        assert re.match(rf"(?:{NUMBER}) \(.*\) images/s \| (?:{NUMBER}) \(.*\) x usual \| 1.4 or more", row)
+    assert "; 1.0000 of the neighbours are the same" in table["exact search, 20 queries in 500 x 64, FAISS"]
+
+
+def test_gpu_ends_in_time(run, tmp_path):
+    """A part that takes too long is stopped; one that finds no time left is not begun."""
+    start = time.monotonic()
+    done, table = run_gpu(run, tmp_path, "--parts steps search --minutes 0.07", launch="import time; time.sleep(60)")
+    assert table == {"steps": "STOPPED: its 3 s were over |  | ", "search": "NOT RUN: time |  | "}
+    assert done.returncode == 1 and time.monotonic() - start < 30
+
+
+def test_gpu_without_a_gpu_is_one_line(refused):
+    assert "--device cuda:99" in refused("benchmarks", "gpu.py --device cuda:99")
+
+
+def test_made_up_pictures_are_drawn_once(run, tmp_path):
+    """Drawing the 8,192 of gpu.py took 77 s of its ten minutes."""
+    run("benchmarks", ["-c", f"from measure import make_images; make_images({str(tmp_path)!r}, 25, 16, different=10)"])
+    files = {int(path.stem): path for path in tmp_path.glob("*/*.jpeg")}
+    assert sorted(files) == list(range(25)) and all(path.parent.name == str(i % 10) for i, path in files.items())
+    assert len({path.read_bytes() for path in files.values()}) == 10
+    assert len({path.stat().st_ino for path in files.values()}) == 10

@@ -73,9 +73,12 @@ def test_the_readmes_commands(trained, kind, processes):
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [0, 1])
 def test_on_a_gpu(compiled, tmp_path, ffcv_folder, run):
-    """fp16, two resolutions; resumed after its first epoch, a run ends where the whole one did, but for rounding."""
+    """fp16, two resolutions; resumed after its first epoch, a run ends where the whole one did, but for rounding.
+
+    A ResNet18: benchmarks/gpu.sh has two minutes for this, and compiling a ResNet50 four times takes more.
+    """
     run("train", command(MODELS["mrl"], tmp_path, ffcv_folder, f"--training.device=cuda --training.compile={compiled}",
-                         "--training.distributed=0 --training.epochs=2 --resolution.max_res=64"))
+                         "--training.distributed=0 --training.epochs=2 --resolution.max_res=64 --model.arch=resnet18"))
     folder = only_run(tmp_path)
     whole = torch.load(folder / "final_weights.pt")
     (folder / "final_weights.pt").unlink()

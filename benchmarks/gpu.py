@@ -175,7 +175,7 @@ def search(sizes):
 
 
 def engine(device):
-    """-> what searches there (neighbors.products chooses)."""
+    """-> what searches there (neighbors.multiply chooses)."""
     import neighbors
     if device == "cpu":
         return "FAISS"

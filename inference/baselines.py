@@ -1,6 +1,5 @@
 """What MRL is compared with, from dumped embeddings: a table per size, and the same as JSON.
 
-    python baselines.py knn --model mrl1_e0_ff2048            1-nearest-neighbour accuracy                     Table 2
     python baselines.py lp  --model mrl0_e0_ff2048            a linear classifier refitted on the first d
                                                               features of an FF model ("Rand. LP")             Table 1
     python baselines.py svd --model mrl0_e0_ff2048 --path <final_weights.pt>
@@ -8,6 +7,7 @@
     python baselines.py ncm --model mrl1_e0_ff2048 --dataset V2
                                                               few-shot nearest class mean                      Table 15
 
+1-nearest-neighbour accuracy (Table 2) is the column `top1` of retrieval's exact search: `retrieve.py report`.
 Reads the arrays of `pytorch_inference.py --retrieval` in --arrays (database: train, queries: val). Writes
 `{command}_dataset={dataset}_model={model}.json`: sizes, top1 (fractions), settings.
 """
@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 import torch
 import which_model
-from nearest import nearest, on_device
 from saved_files import fingerprint, read_arrays
 from tqdm import tqdm
 
@@ -47,7 +46,7 @@ def linear_probe(X, y, sizes, epochs=10, lr=1e-3, batch_size=1024, device="cpu")
         for rows in tqdm(batches, desc=f"epoch {epoch + 1}/{epochs}", unit="batch", leave=False):
             rows.sort()                                                   # kinder to a memory-mapped file
             optimizer.zero_grad()
-            loss(head(on_device(X[rows], device)), torch.tensor(y[rows], device=device)).backward()
+            loss(head(read_rows(X, rows, device)), torch.tensor(y[rows], device=device)).backward()
             optimizer.step()
             schedule.step()
     return head
@@ -57,9 +56,20 @@ def linear_probe(X, y, sizes, epochs=10, lr=1e-3, batch_size=1024, device="cpu")
 def top1(logits_of, X, y, device="cpu"):
     """logits_of: features [n, D] -> G tensors [n, C]. -> [G] fractions of rows whose largest logit is the label's."""
     hits = sum(torch.stack([(logits.argmax(1).cpu() == torch.from_numpy(y[start:start + ROWS])).sum()
-                            for logits in logits_of(on_device(X[start:start + ROWS], device))])
+                            for logits in logits_of(read_rows(X, slice(start, start + ROWS), device))])
                for start in tqdm(range(0, len(X), ROWS), desc="top-1", unit="block", leave=False))
     return (hits / len(X)).tolist()
+
+
+def read_rows(X, rows, device="cpu"):
+    """Rows of embeddings -> float32 tensor; InputError, which names the file, where they are NaN or infinite."""
+    chosen = X[rows]
+    x = torch.empty(chosen.shape)    # not NumPy's memory: PyTorch 2.6 may free that after Python's end, and then hangs
+    x.numpy()[...] = chosen
+    if not x.isfinite().all():
+        raise InputError(f"{getattr(X, 'filename', None) or 'the embeddings'}: holds NaN or infinite numbers; "
+                         "write it again with pytorch_inference.py --retrieval --precision fp32")
+    return x.to(device)
 
 
 def truncated(weight, bias, ranks):
@@ -83,20 +93,13 @@ def class_mean(X, y, sizes, shots, seed=0):
     test = np.setdiff1d(order, support)
     hits = []
     for size in sizes:
-        x = torch.nn.functional.normalize(on_device(X[:, :size], "cpu"))
+        x = torch.nn.functional.normalize(read_rows(X, np.s_[:, :size]))
         means = x[support].mean(1)                                        # [C, size]
         hits.append(labels[torch.cdist(x[test], means).argmin(1).numpy()] == y[test])
     return np.mean(hits, axis=1).tolist()
 
 
 # ------------------------------------------------------------------------------------------------ commands
-
-def knn(args):
-    (xb, yb), (xq, yq), about = both_arrays(args)
-    sizes = sizes_of(args, about, xb.shape[1])
-    found = nearest(xb, xq, sizes, args.device)
-    return about, {"sizes": sizes, "top1": (yb[found] == yq).mean(axis=1).tolist()}
-
 
 def lp(args):
     (X, y), (xq, yq), about = both_arrays(args)
@@ -129,7 +132,7 @@ def ncm(args):
 
 
 def both_arrays(args):
-    """-> database (X, y), queries (X, y), what the companions say. V2 has queries only and searches 1K's database."""
+    """-> database (X, y), queries (X, y), what the companions say. V2 has queries only; its database is 1K's."""
     xb, yb, about = read_arrays(args.arrays, "1K" if args.dataset == "V2" else args.dataset, "train", args.model)
     xq, yq, about_queries = read_arrays(args.arrays, args.dataset, "val", args.model)
     if about.get("checkpoint") != about_queries.get("checkpoint") or xb.shape[1] != xq.shape[1]:
@@ -149,7 +152,7 @@ def sizes_of(args, about, width):
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["knn", "lp", "svd", "ncm"])
+    parser.add_argument("command", choices=["lp", "svd", "ncm"])
     parser.add_argument("--arrays", type=file_path, default=".", help="folder of the arrays")
     parser.add_argument("--model", default="mrl1_e0_ff2048", help="the model's name in the arrays' names")
     parser.add_argument("--dataset", default="1K", choices=["1K", "V2", "4K"])
@@ -176,8 +179,8 @@ def show(result):
 def main():
     args = arguments()
     device_named(args.device)
-    torch.set_float32_matmul_precision("highest")      # 1-NN is exact: a container may have allowed TF32
-    about, figures = {"knn": knn, "lp": lp, "svd": svd, "ncm": ncm}[args.command](args)
+    torch.set_float32_matmul_precision("highest")      # a container may have allowed TF32
+    about, figures = {"lp": lp, "svd": svd, "ncm": ncm}[args.command](args)
     result = {"command": args.command, "model": args.model, "dataset": args.dataset,
               "checkpoint": about.get("checkpoint"), **figures}
     folder = Path(args.output or args.arrays)

@@ -79,25 +79,15 @@ def command(monkeypatch, words):
     baselines.main()
 
 
-def test_knn_command(tmp_path, monkeypatch, capsys):
+def test_v2_queries_are_classified_by_the_database_of_1k(tmp_path, monkeypatch):
     write_arrays(tmp_path)
-    command(monkeypatch, ["knn", "--arrays", tmp_path, "--model", "mrl1_e0_ff16"])
-    result = json.loads((tmp_path / "knn_dataset=1K_model=mrl1_e0_ff16.json").read_text())
-    (xb, yb), (xq, yq) = clusters(600, 2), clusters(200, 3)
-    for size, top1 in zip([4, 16], result["top1"], strict=True):
-        b, q = (x[:, :size] / np.linalg.norm(x[:, :size], axis=1, keepdims=True) for x in (xb, xq))
-        assert top1 == (yb[(q @ b.T).argmax(1)] == yq).mean()
-    assert result["sizes"] == [4, 16] and result["checkpoint"] == "0f"
-    assert f"{100 * result['top1'][1]:.2f}" in capsys.readouterr().out
-
-
-def test_v2_queries_search_the_database_of_1k(tmp_path, monkeypatch):
-    write_arrays(tmp_path)
+    flags = ["lp", "--arrays", tmp_path, "--model", "mrl1_e0_ff16", "--epochs", 1]
     for dataset in ("1K", "V2"):
-        command(monkeypatch, ["knn", "--arrays", tmp_path, "--model", "mrl1_e0_ff16", "--dataset", dataset])
-    one, two = (json.loads((tmp_path / f"knn_dataset={name}_model=mrl1_e0_ff16.json").read_text())["top1"]
+        command(monkeypatch, [*flags, "--dataset", dataset])
+    one, two = (json.loads((tmp_path / f"lp_dataset={name}_model=mrl1_e0_ff16.json").read_text())
                 for name in ("1K", "V2"))
-    assert one == two                                                     # the queries are the same here
+    assert one["top1"] == two["top1"]                                     # the queries are the same here
+    assert one["sizes"] == [4, 16] and one["checkpoint"] == "0f"          # those of a nested model
 
 
 def test_lp_and_ncm_commands(tmp_path, monkeypatch, capsys):
@@ -145,7 +135,7 @@ def test_svd_command(tmp_path, monkeypatch):
 
 def test_arrays_of_two_checkpoints_and_too_large_sizes_are_refused(tmp_path, monkeypatch):
     write_arrays(tmp_path)
-    flags = ["knn", "--arrays", tmp_path, "--model", "mrl1_e0_ff16"]
+    flags = ["lp", "--arrays", tmp_path, "--model", "mrl1_e0_ff16"]
     with pytest.raises(InputError, match="32 is more than the 16 dimensions"):
         command(monkeypatch, [*flags, "--sizes", 4, 32])
     (tmp_path / "1K_val_mrl1_e0_ff16-X.json").write_text('{"checkpoint": "1e"}')

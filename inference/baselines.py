@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import which_model
 from saved_files import fingerprint, read_arrays
 from tqdm import tqdm
+from which_model import load_checkpoint, open_checkpoint
 
 from MRL import FixedFeatureLayer, Matryoshka_CE_Loss, MRL_Linear_Layer
 from mrl_files import InputError, command_line, device_named, file_path, number, write_json
@@ -53,7 +53,7 @@ def linear_probe(X, y, sizes, epochs=10, lr=1e-3, batch_size=1024, device="cpu")
 
 
 @torch.inference_mode()
-def top1(logits_of, X, y, device="cpu"):
+def measure_top1(logits_of, X, y, device="cpu"):
     """logits_of: features [n, D] -> G tensors [n, C]. -> [G] fractions of rows whose largest logit is the label's."""
     hits = sum(torch.stack([(logits.argmax(1).cpu() == torch.from_numpy(y[start:start + ROWS])).sum()
                             for logits in logits_of(read_rows(X, slice(start, start + ROWS), device))])
@@ -72,13 +72,13 @@ def read_rows(X, rows, device="cpu"):
     return x.to(device)
 
 
-def truncated(weight, bias, ranks):
+def truncate_classifier(weight, bias, ranks):
     """-> features [n, D] -> logits [n, C] of the best rank-d approximation of `weight` [C, D], for each rank d."""
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
     return lambda x: [x @ Vh[:d].T @ (U[:, :d] * S[:d]).T + bias for d in ranks]
 
 
-def class_mean(X, y, sizes, shots, seed=0):
+def measure_class_means(X, y, sizes, shots, seed=0):
     """Few-shot accuracy: `shots` rows of each class give its mean of unit-normalised prefixes, the others are tested.
 
     -> [G]: fraction of the others whose nearest mean (L2) is their class's.
@@ -102,10 +102,11 @@ def class_mean(X, y, sizes, shots, seed=0):
 # ------------------------------------------------------------------------------------------------ commands
 
 def lp(args):
-    (X, y), (xq, yq), about = both_arrays(args)
-    sizes = sizes_of(args, about, X.shape[1])
+    (X, y), (xq, yq), about = read_both_splits(args)
+    sizes = choose_sizes(args, about, X.shape[1])
     head = linear_probe(X, y, sizes, args.epochs, args.lr, device=args.device)
-    return about, {"sizes": sizes, "top1": top1(head, xq, yq, args.device), "epochs": args.epochs, "lr": args.lr}
+    return about, {"sizes": sizes, "top1": measure_top1(head, xq, yq, args.device),
+                   "epochs": args.epochs, "lr": args.lr}
 
 
 def svd(args):
@@ -114,24 +115,25 @@ def svd(args):
     X, y, about = read_arrays(args.arrays, args.dataset, "val", args.model)
     if about.get("checkpoint") not in (None, fingerprint(args.path)):
         raise InputError(f"--path {args.path}: the arrays {args.model} in {args.arrays} come from another checkpoint")
-    head = classifier(which_model.load(args.path, args.arch))[1]
+    head = classifier(load_checkpoint(args.path, open_checkpoint(args.path, args.arch).spec))[1]
     if not isinstance(head, FixedFeatureLayer) or head.in_features != X.shape[1]:
         raise InputError(f"--path {args.path}: svd is for a fixed-feature model of {X.shape[1]} features")
-    sizes = sizes_of(args, about, X.shape[1])
-    logits = truncated(*(value.detach().to(args.device) for value in (head.weight, head.bias)), sizes)
-    return about, {"sizes": sizes, "top1": top1(logits, X, y, args.device)}
+    sizes = choose_sizes(args, about, X.shape[1])
+    logits = truncate_classifier(*(value.detach().to(args.device) for value in (head.weight, head.bias)), sizes)
+    return about, {"sizes": sizes, "top1": measure_top1(logits, X, y, args.device)}
 
 
 def ncm(args):
     X, y, about = read_arrays(args.arrays, args.dataset, "val", args.model)
-    sizes = sizes_of(args, about, X.shape[1])
-    trials = {shots: [class_mean(X, y, sizes, shots, seed) for seed in range(args.trials)] for shots in args.shots}
+    sizes = choose_sizes(args, about, X.shape[1])
+    trials = {shots: [measure_class_means(X, y, sizes, shots, seed) for seed in range(args.trials)]
+              for shots in args.shots}
     return about, {"sizes": sizes, "shots": args.shots, "trials": args.trials,
                    "top1": [np.mean(trials[shots], axis=0).tolist() for shots in args.shots],
                    "std": [np.std(trials[shots], axis=0).tolist() for shots in args.shots]}
 
 
-def both_arrays(args):
+def read_both_splits(args):
     """-> database (X, y), queries (X, y), what the companions say. V2 has queries only; its database is 1K's."""
     xb, yb, about = read_arrays(args.arrays, "1K" if args.dataset == "V2" else args.dataset, "train", args.model)
     xq, yq, about_queries = read_arrays(args.arrays, args.dataset, "val", args.model)
@@ -140,7 +142,7 @@ def both_arrays(args):
     return (xb, yb), (xq, yq), about
 
 
-def sizes_of(args, about, width):
+def choose_sizes(args, about, width):
     """--sizes; else those of a nested model; else (one size, or unknown) powers of two from 8 up to the width."""
     own = about.get("nesting_list", [])
     powers = default_nesting_list(width, start=min(3, width.bit_length() - 1))
@@ -150,7 +152,7 @@ def sizes_of(args, about, width):
     return sizes
 
 
-def arguments():
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["lp", "svd", "ncm"])
     parser.add_argument("--arrays", type=file_path, default=".", help="folder of the arrays")
@@ -177,7 +179,7 @@ def show(result):
 
 
 def main():
-    args = arguments()
+    args = parse_arguments()
     device_named(args.device)
     torch.set_float32_matmul_precision("highest")      # a container may have allowed TF32
     about, figures = {"lp": lp, "svd": svd, "ncm": ncm}[args.command](args)

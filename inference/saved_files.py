@@ -45,6 +45,12 @@ def arrays_stem(folder, dataset, split, model):
     return Path(folder) / f"{dataset}_{split}_{model if isinstance(model, str) else model_name(model)}"
 
 
+def describe_origin(path, spec, dataset, images, args):
+    """-> what files remember of the checkpoint and the images they came from."""
+    return {"checkpoint": fingerprint(path), "nesting_list": spec["nesting_list"], "dataset": dataset,
+            "images": images.digest(), "resize": args.resize, "crop": args.crop}
+
+
 def fingerprint(path):
     """The first 16 hex digits of a file's SHA-256: which checkpoint something came from."""
     digest = hashlib.sha256()
@@ -79,6 +85,14 @@ def check_free(companion, about, overwrite, *files):
         key = different[0]
         raise InputError(f"{companion} says that the files there have {key}={old.get(key)}, not {about[key]}: "
                          "choose another folder, or pass --overwrite")
+
+
+def check_distinct(files, flag):
+    """files: pairs (path, the content of its JSON) of one command. Refuse two contents for one path."""
+    contents = {}
+    for file, content in files:
+        if contents.setdefault(file, content) != content:
+            raise InputError(f"--path: two of them would write {file}; give them an {flag} each")
 
 
 # ------------------------------------------------------------------------------------------------ reading

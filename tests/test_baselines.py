@@ -25,7 +25,7 @@ def clusters(n, seed, spread=1.2):
 def test_linear_probe_is_as_good_as_scikit_learns():
     (X, y), (xq, yq) = clusters(3000, 2), clusters(2000, 3)
     head = baselines.linear_probe(X, y, [2, 16], epochs=30, lr=1e-2, batch_size=256)
-    got = baselines.top1(head, xq, yq)
+    got = baselines.measure_top1(head, xq, yq)
     for size, accuracy in zip([2, 16], got, strict=True):
         expected = LogisticRegression().fit(X[:, :size], y).score(xq[:, :size], yq)
         assert accuracy == pytest.approx(expected, abs=0.01)
@@ -36,7 +36,7 @@ def test_truncated_classifier():
     rng = np.random.default_rng(0)
     weight, bias = torch.tensor(rng.standard_normal((6, 9))), torch.tensor(rng.standard_normal(6))
     x = torch.tensor(rng.standard_normal((4, 9)))
-    one, two, full = baselines.truncated(weight, bias, [1, 2, 9])(x)
+    one, two, full = baselines.truncate_classifier(weight, bias, [1, 2, 9])(x)
     torch.testing.assert_close(full, x @ weight.T + bias)
     U, S, Vh = np.linalg.svd(weight.numpy(), full_matrices=False)
     for rank, logits in ((1, one), (2, two)):
@@ -46,7 +46,7 @@ def test_truncated_classifier():
 
 def test_class_mean_is_nearest_centroid():
     X, y = clusters(400, 4, spread=0.6)
-    got = baselines.class_mean(X, y, [16], shots=3, seed=7)[0]
+    got = baselines.measure_class_means(X, y, [16], shots=3, seed=7)[0]
     # The same shots, found again: 3 random rows of each class, from one permutation.
     order = np.random.default_rng(7).permutation(400)
     support = np.concatenate([order[y[order] == label][:3] for label in range(5)])
@@ -58,7 +58,7 @@ def test_class_mean_is_nearest_centroid():
 
 def test_class_mean_needs_an_image_to_test():
     with pytest.raises(InputError, match=r"2 shots need more than 2 images of each class; class 1 has 2"):
-        baselines.class_mean(np.ones((5, 2), np.float32), np.array([0, 0, 0, 1, 1]), [2], 2)
+        baselines.measure_class_means(np.ones((5, 2), np.float32), np.array([0, 0, 0, 1, 1]), [2], 2)
 
 
 # ------------------------------------------------------------------------------------------------ command

@@ -16,11 +16,11 @@ import pytorch_inference
 import torch
 import which_model
 from conftest import ROOT, free_port, with_python
-from eval_sets import synsets
+from eval_sets import read_synsets
 from image_set import ImageSet, Preparation
 from image_trees import make_run, make_tree
 from PIL import Image
-from pytorch_inference import arguments
+from pytorch_inference import parse_arguments
 
 from mrl_files import InputError
 from mrl_models import build_model, load_model
@@ -202,7 +202,7 @@ def test_all_checkpoints_are_checked_before_the_first_is_evaluated(command, tmp_
 
 def test_restricted_set(command, tmp_path):
     """ImageNet-A: softmax [G, N, 200], and the labels are positions among the 200."""
-    wnids = synsets("imagenet_a_synsets.txt")
+    wnids = read_synsets("imagenet_a_synsets.txt")
     make_tree(tmp_path / "sets" / "imagenet-a", wnids)
     out = command("--path", make_run(tmp_path / "run", "ff8", num_classes=1000), "--dataset", "a", "--save_softmax",
                   "--save_gt", data_root=tmp_path / "sets")
@@ -215,7 +215,7 @@ def test_restricted_set(command, tmp_path):
 
 def test_some_of_imagenets_classes_for_a_checkpoint_of_all(command, tmp_path, capsys):
     """Imagenette: outputs over all 1,000 logits, true classes and embeddings' labels as positions among the 1,000."""
-    wnids = synsets("imagenet_synsets.txt")[5:1000:100]
+    wnids = read_synsets("imagenet_synsets.txt")[5:1000:100]
     for split in ("train", "val"):
         make_tree(tmp_path / "imagenette" / split, wnids)
     path, arrays = make_run(tmp_path / "run", "ff8", num_classes=1000), tmp_path / "arrays"
@@ -397,27 +397,27 @@ def test_flags_that_do_nothing_are_warned_of(command, tmp_path, capsys, words, s
 @pytest.mark.parametrize("words", [["8,16"], ["8", "16"], ["8,", "16"]])
 def test_sizes_are_spelled_with_commas_or_spaces(monkeypatch, words):
     monkeypatch.setattr("sys.argv", ["pytorch_inference.py", "--path", "w.pt", "--nesting_list", *words])
-    assert arguments().nesting_list == [8, 16]
+    assert parse_arguments().nesting_list == [8, 16]
 
 
 def test_defaults(monkeypatch):
     """The original's, and what the README says."""
     monkeypatch.setattr("sys.argv", ["pytorch_inference.py", "--path", "w.pt"])
-    args = arguments()
+    args = parse_arguments()
     assert (args.resize, args.crop, args.batch_size, args.precision, args.storage) == (256, 224, 256, None, None)
     assert not (args.tta or args.skip_bad_images or args.overwrite or args.retrieval or args.old_ckpt)
 
 
 def test_amp_is_fp16(monkeypatch):
     monkeypatch.setattr("sys.argv", ["pytorch_inference.py", "--path", "w.pt", "--amp"])
-    assert arguments().precision == "fp16"
+    assert parse_arguments().precision == "fp16"
 
 
 @pytest.mark.parametrize("words", [["--amp", "--precision", "fp32"], ["--nesting_list", "8,x"]])
 def test_flags_that_argparse_refuses(monkeypatch, capsys, words):
     monkeypatch.setattr("sys.argv", ["pytorch_inference.py", "--path", "w.pt", *words])
     with pytest.raises(SystemExit):
-        arguments()
+        parse_arguments()
     assert words[0] in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -427,7 +427,7 @@ def test_general_command_of_the_readme(run, tmp_path):
     """A bare MRL file with DDP's prefix, on ImageNet's 1,000 true folders, from inference/."""
     state = build_model("resnet18", "mrl").state_dict()
     torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "final_weights.pt")
-    make_tree(tmp_path / "sketch", synsets("imagenet_synsets.txt"))
+    make_tree(tmp_path / "sketch", read_synsets("imagenet_synsets.txt"))
     done = run("inference", f"pytorch_inference.py --path {tmp_path}/final_weights.pt --dataset Sketch --mrl --tta "
                f"--arch resnet18 --save_logits --save_softmax --save_gt --save_predictions --output {tmp_path}/out "
                f"--resize 8 --crop 8 --workers 2", env={"IMAGENET_ROOT": str(tmp_path)})

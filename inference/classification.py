@@ -177,10 +177,7 @@ class Outputs:
             yield "gt", self.gt[:self.n].clone()
         if "predictions" in self.wanted:
             yield "predictions", self.predictions[:, :self.n].clone()
-        if self.logits is not None:
-            yield from self.probabilities(self.logits[:, :self.n].contiguous())     # a copy only if images were skipped
-
-    def probabilities(self, logits):
+        logits = None if self.logits is None else self.logits[:, :self.n].contiguous()    # a copy if any was skipped
         if "logits" in self.wanted:
             yield "logits", logits
         if "softmax" in self.wanted:

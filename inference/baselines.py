@@ -152,9 +152,12 @@ def choose_sizes(args, about, width):
     return sizes
 
 
+COMMANDS = {"lp": lp, "svd": svd, "ncm": ncm}
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["lp", "svd", "ncm"])
+    parser.add_argument("command", choices=list(COMMANDS))
     parser.add_argument("--arrays", type=file_path, default=".", help="folder of the arrays")
     parser.add_argument("--model", default="mrl1_e0_ff2048", help="the model's name in the arrays' names")
     parser.add_argument("--dataset", default="1K", choices=["1K", "V2", "4K"])
@@ -182,7 +185,7 @@ def main():
     args = parse_arguments()
     device_named(args.device)
     torch.set_float32_matmul_precision("highest")      # a container may have allowed TF32
-    about, figures = {"lp": lp, "svd": svd, "ncm": ncm}[args.command](args)
+    about, figures = COMMANDS[args.command](args)
     result = {"command": args.command, "model": args.model, "dataset": args.dataset,
               "checkpoint": about.get("checkpoint"), **figures}
     folder = Path(args.output or args.arrays)

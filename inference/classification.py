@@ -120,7 +120,7 @@ def compute_logits(model, x, tta=False):
 def evaluate(model, images, loader, device, *, tta=False, precision="fp32", skip_bad_images=False, keep=None):
     """Run the images through the model, counting on the device.
 
-    keep: called with (start, logits [G, n, C], y [n]) for each batch of readable images; see `Outputs`.
+    keep: called with (logits [G, n, C], y [n]) of each batch of readable images; see `Outputs`.
     -> {"n", "top1" [G], "top5" [G], "loss" [G], "skipped", "seconds"}; accuracies are fractions.
     """
     model.to(device)
@@ -138,7 +138,7 @@ def evaluate(model, images, loader, device, *, tta=False, precision="fp32", skip
             logits, y = logits[:, readable], y[readable]
         sums = sums + count(logits / 2 if tta else logits, y)      # the loss of the mean, as in training's log
         if keep is not None:
-            keep(n, logits, y)
+            keep(logits, y)
         n += len(y)
     return summarise(sums, n, bad, time.perf_counter() - start_time)
 
@@ -155,7 +155,8 @@ def summarise(sums, n, bad, seconds):
 class Outputs:
     """Collects what `wanted` names (gt, predictions, logits, softmax) on the CPU while `evaluate` runs.
 
-    Logits [G, N, C] are held once (1.8 GB for ImageNet); their softmax takes their place.
+    n: images so far. gt [N], predictions [G, N], int64. logits [G, N, C] float32, or None where neither they nor their
+    softmax is wanted; they are held once (1.8 GB for ImageNet), their softmax takes their place.
     """
 
     def __init__(self, sizes, n, classes, wanted):
@@ -164,9 +165,9 @@ class Outputs:
         self.predictions = torch.empty(sizes, n, dtype=torch.int64)
         self.logits = torch.empty(sizes, n, classes) if {"logits", "softmax"} & set(wanted) else None
 
-    def __call__(self, start, logits, y):
-        self.n = start + len(y)
-        rows = slice(start, self.n)
+    def __call__(self, logits, y):
+        rows = slice(self.n, self.n + len(y))
+        self.n = rows.stop
         self.gt[rows], self.predictions[:, rows] = y.cpu(), logits.argmax(-1).cpu()
         if self.logits is not None:
             self.logits[:, rows] = logits.cpu()

@@ -76,15 +76,16 @@ def save_tensor(path, tensor, about):
 def check_free(companion, about, overwrite, *files):
     """Refuse to replace files whose companion says that they came from something else, or that have none."""
     old = read_json(companion)
-    foreign = [file for file in files if file.exists()]
-    if old is None and foreign and not overwrite:
-        raise InputError(f"{foreign[0]}: nothing beside it says what it was made from (no {companion.name}): "
+    if overwrite:
+        return
+    foreign = next((file for file in files if file.exists()), None)
+    if old is None and foreign:
+        raise InputError(f"{foreign}: nothing beside it says what it was made from (no {companion.name}): "
                          "choose another folder, or pass --overwrite")
-    different = [] if old is None else [key for key in about if old.get(key) != about[key]]
-    if different and not overwrite:
-        key = different[0]
-        raise InputError(f"{companion} says that the files there have {key}={old.get(key)}, not {about[key]}: "
-                         "choose another folder, or pass --overwrite")
+    for key in about if old is not None else ():
+        if old.get(key) != about[key]:
+            raise InputError(f"{companion} says that the files there have {key}={old.get(key)}, not {about[key]}: "
+                             "choose another folder, or pass --overwrite")
 
 
 def check_distinct(files, flag):

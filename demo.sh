@@ -39,13 +39,12 @@ images=(--data_root "$out/images" --resize 27 --crop 24 --workers 2)
 step "accuracy of every representation size"
 python pytorch_inference.py --path "$out"/runs/{ff2,ff8,ff64,mrl,mrl_e}/final_weights.pt --dataset V1 \
   "${images[@]}" --output "$out/figures"
-step "embeddings, and the accuracy of the nearest neighbour"
+step "embeddings"
 python pytorch_inference.py --path "$out/runs/mrl/final_weights.pt" --retrieval --dataset 1K "${images[@]}" \
   --retrieval_array_path "$out/arrays"
-python baselines.py knn --arrays "$out/arrays" --model mrl1_e0_ff512
 cd ..
 
-step "adaptive and funnel retrieval"
+step "exact, adaptive and funnel retrieval"
 (cd retrieval && python retrieve.py report --dataset 1K --model mrl --embeddings "$out/arrays" --output "$out/retrieval")
 cp "$out"/retrieval/report/1K_mrl_{report.csv,cost.png} "$out"
 

@@ -141,7 +141,7 @@ def dump(sizes):
     args, device, precision = SimpleNamespace(**sizes.epoch), torch.device(sizes.device), "fp16"
     if device.type == "cpu":
         precision = "fp32"
-    model = embeddings.embedder(build_model(args.arch, "mrl", num_classes=10).eval()).to(device)
+    model = embeddings.remove_head(build_model(args.arch, "mrl", num_classes=10).eval()).to(device)
     about = embeddings.describe_dump({"nesting_list": [sizes.width]}, precision)
     with tempfile.TemporaryDirectory() as folder:
         make_images(folder, args.count, args.pixels)

@@ -1,12 +1,11 @@
-"""The demo's table and pictures, from the files that inference/ left.
+"""The demo's table and pictures, from the files that inference/ and retrieval/ left.
 
     python pictures.py demo_out
 
-Reads figures/accuracy_dataset=V1_tta=False.csv, arrays/knn_*.json, arrays/1K_*-X.npy and images/; writes table.csv,
+Reads figures/accuracy_dataset=V1_tta=False.csv, 1K_mrl_report.csv, arrays/1K_*-X.npy and images/; writes table.csv,
 accuracy.png and neighbours.png.
 """
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +26,8 @@ def accuracies(folder):
     """-> a data frame: rows = sizes, columns = top-1 of FF, MRL, MRL-E, and of MRL's nearest neighbour; fractions."""
     top1 = pd.read_csv(folder / "figures/accuracy_dataset=V1_tta=False.csv")
     table = top1.pivot(index="size", columns="model", values="top1")[["FF", "MRL", "MRL-E"]]
-    knn = json.loads((folder / f"arrays/knn_dataset=1K_model={MODEL}.json").read_text(encoding="utf-8"))
-    return table.join(pd.Series(knn["top1"], index=knn["sizes"], name="MRL 1-NN"))
+    report = pd.read_csv(folder / "1K_mrl_report.csv").query("method == 'single-shot'")
+    return table.join(report.set_index("retrieval_dim").top1.rename("MRL 1-NN"))
 
 
 def plot(table):

@@ -68,7 +68,7 @@ class ImageSet(Dataset):
         return f"{printable(self.path(i))} (readable now)"
 
 
-def readable_rows(images, y, start, bad, skip_bad_images):
+def find_readable_rows(images, y, start, bad, skip_bad_images):
     """Rows of a batch whose files could be read: None for all. The others are added to `bad`, or stop the run."""
     if (y >= 0).all():
         return None
@@ -107,7 +107,7 @@ def leave_endings_to_the_first(_):
 
 
 @contextmanager
-def dead_workers_named():
+def name_dead_workers():
     """One line for a worker that the system ended; PyTorch says so wherever the first process then is, in a batch or
     between two."""
     try:
@@ -118,6 +118,11 @@ def dead_workers_named():
         raise InputError(f"a process that reads images was ended, most often because memory ran out ({reason(error)}): "
                          "give fewer --workers or a smaller --batch_size; in a container more shared memory "
                          "(docker: --shm-size), or --workers 0") from None
+
+
+def show_skipped(names):
+    if names:
+        print(f"{len(names)} unreadable image(s) left out: {shorten(names)}")
 
 
 def shorten(names):

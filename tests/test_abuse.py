@@ -7,7 +7,7 @@ folder `ran`. All input lies under paths with spaces and letters beyond ASCII. M
 scripts; those that start processes of their own, or are interrupted, run as a user's would.
 
 Refused, 153: 45 train_imagenet, 33 pytorch_inference, 29 retrieve, 12 baselines, 11 cascades, 10 write_imagenet,
-10 build_imagenet4k, 2 prepare, 1 pictures. Absurd, but valid: 10. Interrupted: 6. Shell scripts: 2.
+10 build_imagenet4k, 2 prepare, 1 pictures. Absurd, but valid: 9. Interrupted: 6. Shell scripts: 2.
 """
 import ctypes
 import os
@@ -268,16 +268,16 @@ TABLE = [
              halved("out/1K_val_mrl1_e0_ff1024-X.partial.npy"))),
 
     # -- baselines
-    Row("code in an array", "inference/baselines.py knn " + HERE, r"val_mrl1_e0_ff32-y\.npy",
+    Row("code in an array", "inference/baselines.py lp " + HERE, r"val_mrl1_e0_ff32-y\.npy",
         lambda place: copied("arrays", npy(ARRAYS.format("val", "y.npy"), np.array([Code(place)] * 40, object),
                                            allow_pickle=True))(place)),
-    Row("half an array", "inference/baselines.py knn " + HERE, r"train_mrl1_e0_ff32-X\.npy",
+    Row("half an array", "inference/baselines.py lp " + HERE, r"train_mrl1_e0_ff32-X\.npy",
         copied("arrays", lambda arrays: halve(arrays / ARRAYS.format("train", "X.npy")))),
-    Row("labels of letters", "inference/baselines.py knn " + HERE, r"val_mrl1_e0_ff32-y\.npy",
+    Row("labels of letters", "inference/baselines.py lp " + HERE, r"val_mrl1_e0_ff32-y\.npy",
         copied("arrays", npy(ARRAYS.format("val", "y.npy"), np.array(["cat"] * 40)))),
-    Row("NaN in the database", "inference/baselines.py knn " + HERE, r"train_mrl1_e0_ff32-X\.npy.*NaN",
+    Row("NaN in the database", "inference/baselines.py lp " + HERE, r"train_mrl1_e0_ff32-X\.npy.*NaN",
         copied("arrays", with_nan(ARRAYS.format("train", "X.npy")))),
-    Row("notes of another kind", "inference/baselines.py knn " + HERE, r"train_mrl1_e0_ff32-X\.json",
+    Row("notes of another kind", "inference/baselines.py lp " + HERE, r"train_mrl1_e0_ff32-X\.json",
         copied("arrays", bad_json(ARRAYS.format("train", "X.json"), [1]))),
     Row("no epochs", "inference/baselines.py lp --epochs 0 " + BASE, "--epochs: 0"),
     Row("NaN for a rate", "inference/baselines.py lp --lr nan " + BASE, "--lr: nan"),
@@ -285,7 +285,7 @@ TABLE = [
     Row("more shots than images", "inference/baselines.py ncm --shots 1000000000000 " + BASE, "1000000000000 shots"),
     Row("another model's classifier", "inference/baselines.py svd --path {runs}/ff/final_weights.pt --sizes 8 " + BASE,
         r"ff/final_weights\.pt"),
-    Row("a device that is none", "inference/baselines.py knn " + BASE + " --device tpu", "--device tpu"),
+    Row("a device that is none", "inference/baselines.py lp " + BASE + " --device tpu", "--device tpu"),
 
     # -- retrieval
     Row("no command", "retrieval/retrieve.py", "command"),
@@ -403,7 +403,7 @@ UNREADABLE = [
         both(copied("data"), locked("data/val/3"))),
     Row("an image", INFER + " --data_root {here}/data", r"3_0\.JPEG .*Permission denied",
         both(copied("data"), locked("data/val/3/3_0.JPEG")), leaves=("out",)),
-    Row("an array", "inference/baselines.py knn " + HERE, r"train_mrl1_e0_ff32-X\.npy: Permission denied",
+    Row("an array", "inference/baselines.py lp " + HERE, r"train_mrl1_e0_ff32-X\.npy: Permission denied",
         both(copied("arrays"), locked("arrays/" + ARRAYS.format("train", "X.npy")))),
     Row("the embeddings", "retrieval/retrieve.py search --sizes 8 " + FOUND, r"val.*-X\.npy: Permission denied",
         both(copied("arrays"), locked("arrays/" + ARRAYS.format("val", "X.npy")))),
@@ -430,7 +430,6 @@ WORKS = [
     Row("a batch of a billion", INFER + " --batch_size 1000000000 --save_softmax", makes="out/mrl=*_softmax.pth"),
     Row("a trillion images", EMBED + " --random_sample_dim 1000000000000", makes="out/1K_train_*-X.npy"),
     Row("a flag that does nothing", EMBED + " --tta", makes="out/1K_train_*-X.npy"),
-    Row("nearest neighbours", "inference/baselines.py knn " + BASE, makes="out/knn_*.json"),
     Row("lists as CSV", "retrieval/retrieve.py search --sizes 8 --csv " + FIND, makes="out/neighbors/mrl/*.csv"),
     Row("a shortlist of a trillion", "retrieval/retrieve.py report --shortlist 1000000000000 " + FIND,
         makes="out/report/*_cost.png"),

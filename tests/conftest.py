@@ -29,8 +29,6 @@ SLOW = ["test_resume", "test_train_commands", "test_benchmarks", "test_trainer",
 def pytest_configure(config):
     """A shell makes what it starts in the background deaf to Ctrl-C, and so what that starts: the tests send it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # FFCV compiles in every process, for longer than it then runs on a few images: LLVM need not optimise.
-    os.environ.setdefault("NUMBA_OPT", "0")
     config.option.loadscopereorder = False      # xdist would begin with the files that have the most tests
 
 

@@ -90,7 +90,8 @@ def test_on_a_gpu(compiled, tmp_path, ffcv_folder, run):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.005)
     os.link(folder / "checkpoint.pt", first)      # the second epoch's takes its place
-    assert process.wait(timeout=300) == 0, process.stderr.read()
+    stderr = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, stderr
     whole = torch.load(folder / "final_weights.pt")
     (folder / "final_weights.pt").unlink()
     first.replace(folder / "checkpoint.pt")

@@ -180,7 +180,7 @@ TABLE = [
     Row("settings of another kind", RESUME, r"--training.resume=.*params\.json",
         run_folder(TRAIN, lambda params: params | {"settings": {"training": 5}})),
     Row("another length", RESUME + " --training.epochs=2", "--training.epochs=1, now 2", run_folder(TRAIN)),
-    Row("code in the checkpoint", RESUME, "out/run: none of its checkpoints can be",
+    Row("code in the checkpoint", RESUME, "out/run/checkpoint.pt: truncated or no checkpoint",
         run_folder(TRAIN, checkpoint_of=lambda place: {"format": checkpoint.FORMAT, "model": Code(place)})),
     Row("another network's checkpoint", RESUME, r"checkpoint\.pt",
         run_folder(TRAIN, checkpoint_of=checkpoint_of_another_network)),

@@ -1,8 +1,12 @@
 """The README's training commands, as a user runs them: with the data, device and lengths of a test."""
 import json
+import os
 import re
+import sys
+import time
 from types import SimpleNamespace
 
+import kill_and_resume
 import numpy as np
 import pytest
 import torch
@@ -77,12 +81,20 @@ def test_on_a_gpu(compiled, tmp_path, ffcv_folder, run):
 
     A ResNet18: benchmarks/gpu.sh has two minutes for this, and compiling a ResNet50 four times takes more.
     """
-    run("train", command(MODELS["mrl"], tmp_path, ffcv_folder, f"--training.device=cuda --training.compile={compiled}",
-                         "--training.distributed=0 --training.epochs=2 --resolution.max_res=64 --model.arch=resnet18"))
-    folder = only_run(tmp_path)
+    words = command(MODELS["mrl"], tmp_path, ffcv_folder, f"--training.device=cuda --training.compile={compiled}",
+                    "--training.distributed=0 --training.epochs=2 --resolution.max_res=64 --model.arch=resnet18",
+                    "--logging.name=run").split()
+    folder, first = tmp_path / "run", tmp_path / "first.pt"
+    process = kill_and_resume.start([sys.executable, *words])
+    while not (folder / "checkpoint.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    os.link(folder / "checkpoint.pt", first)      # the second epoch's takes its place
+    stderr = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, stderr
     whole = torch.load(folder / "final_weights.pt")
     (folder / "final_weights.pt").unlink()
-    (folder / "checkpoint_previous.pt").replace(folder / "checkpoint.pt")
+    first.replace(folder / "checkpoint.pt")
     run("train", f"train_imagenet.py --training.resume={folder}")
     records = [json.loads(line) for line in (folder / "log").read_text().splitlines()]
     assert [record["epoch"] for record in records] == [0, 1] and records[0]["peak_memory_mb"] > 0

@@ -59,9 +59,8 @@ def torchrun_name():
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     if run_id != "none":
         return run_id
-    stat = Path(f"/proc/{os.getppid()}/stat").read_bytes()      # torchrun's
-    started = stat.decode(errors="replace").rsplit(")")[-1].split()[19]
-    return str(uuid.uuid5(uuid.NAMESPACE_OID, f"{socket.gethostname()} {os.getppid()} {started}"))
+    logs = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[2]      # its new folder .../none_<random>
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, str(logs)))
 
 
 def world_size(settings):
@@ -204,21 +203,6 @@ def total(process, tensor):
     if not process.alone:
         dist.all_reduce(tensor)
     return tensor
-
-
-def mean_of_each(world_size, bucket):
-    """DDP's mean over the processes, for each gradient by itself.
-
-    DDP deals the gradients into other buckets after a start's first step, and gloo's sums over three or more processes
-    depend on the place in a bucket: a resumed run would not be equal to the bit.
-    """
-    sums = [dist.all_reduce(gradient, async_op=True).get_future() for gradient in bucket.gradients()]
-
-    def mean(_):
-        for each in sums:
-            each.value()      # raises what went wrong, such as the end of another process
-        return bucket.buffer().div_(world_size)
-    return torch.futures.collect_all(sums).then(mean)
 
 
 def gather(process, item):

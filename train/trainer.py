@@ -45,11 +45,8 @@ class Trainer:
         torch.manual_seed(settings.training.seed + 1 + process.rank)      # dropout differs between processes
 
     def data_parallel(self):
-        if self.device.type == "cuda":
-            return nn.parallel.DistributedDataParallel(self.model, [self.device], gradient_as_bucket_view=True)
-        parallel = nn.parallel.DistributedDataParallel(self.model)
-        parallel.register_comm_hook(self.process.world_size, launch.mean_of_each)
-        return parallel
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(self.model, devices, gradient_as_bucket_view=True)
 
     # ---- training
 

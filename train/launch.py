@@ -3,11 +3,13 @@
     --training.distributed=1 --dist.world_size=2        this script starts the processes, as the original
     torchrun --nproc_per_node=2 train_imagenet.py ...   torchrun starts them; its environment wins
 """
+import math
 import os
 import re
 import signal
 import socket
 import sys
+import time
 import uuid
 from dataclasses import dataclass
 from inspect import signature
@@ -118,7 +120,7 @@ def spawn(worker, settings, *args):
                                  join=False, start_method="spawn")
     # The processes stop by themselves when asked to (StopRequest); this one passes the word on and waits.
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda s, _: [os.kill(p.pid, signal.SIGTERM) for p in context.processes if p.is_alive()])
+        signal.signal(signum, lambda s, _: [os.kill(p.pid, s) for p in context.processes if p.is_alive()])
     try:
         while not context.join(**GRACE):
             pass
@@ -175,19 +177,19 @@ def meeting_place(rank, size):
 class StopRequest:
     """Turns SIGTERM and Ctrl-C into a question that all processes answer alike: shall we stop after this step?
 
-    A second Ctrl-C ends the process at once. (SIGTERM often comes twice: to all processes, and passed on by what
-    started them.)
+    A second Ctrl-C, a second or more after the first, ends the process at once. (Signals often come twice: to all
+    processes of a terminal or a job, and passed on by what started them.)
     """
 
     def __init__(self, process):
-        self.alone, self.signum = process.alone, 0
+        self.alone, self.signum, self.first = process.alone, 0, math.inf
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.note)
 
     def note(self, signum, _):
-        self.signum = signum
-        if signum == signal.SIGINT:
-            signal.signal(signum, signal.SIG_DFL)
+        if signum == signal.SIGINT and time.monotonic() > self.first + 1:
+            raise KeyboardInterrupt
+        self.signum, self.first = signum, min(self.first, time.monotonic())
 
     def asked(self):
         """-> the signal's number, 0 if there was none. Every process must call it after the same steps."""

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from measure import machine, make_images, seconds, spread
 
-from mrl_files import command_line, device_named, file_path, write_json
+from mrl_files import command_line, file_path, find_device, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 WRONG = "FAILED", "STOPPED", "NOT RUN"      # how the figure of a part begins that has none
@@ -242,7 +242,7 @@ def main():
     args = arguments()
     if args.part:
         return PARTS[args.part][1](sizes_of(args))
-    device_named(args.device)
+    find_device(args.device)
     card, rows = machine(args.device), []
     print(f"{card}\n")
     print_row("what", "median (min–max)", "ratio", "aim")

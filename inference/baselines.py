@@ -22,7 +22,7 @@ from tqdm import tqdm
 from which_model import load_checkpoint, open_checkpoint
 
 from MRL import FixedFeatureLayer, Matryoshka_CE_Loss, MRL_Linear_Layer
-from mrl_files import InputError, command_line, device_named, file_path, number, write_json
+from mrl_files import InputError, bounded, command_line, file_path, find_device, write_json
 from mrl_models import check_nesting_list, classifier, default_nesting_list
 
 ROWS = 4096                                # evaluated at a time
@@ -166,10 +166,10 @@ def parse_arguments():
     parser.add_argument("--output", type=file_path, help="folder for the figures (default: that of the arrays)")
     parser.add_argument("--path", type=file_path, help="svd: the fixed-feature checkpoint")
     parser.add_argument("--arch", help="svd: its architecture, where no params.json lies beside it (default resnet50)")
-    parser.add_argument("--epochs", type=number(int, 1), default=10, help="lp")
-    parser.add_argument("--lr", type=number(float, 0), default=1e-3, help="lp")
-    parser.add_argument("--shots", type=number(int, 1), nargs="+", default=[1, 3, 5, 7, 9], help="ncm")
-    parser.add_argument("--trials", type=number(int, 1), default=5, help="ncm: random choices of the shots")
+    parser.add_argument("--epochs", type=bounded(int, 1), default=10, help="lp")
+    parser.add_argument("--lr", type=bounded(float, 0), default=1e-3, help="lp")
+    parser.add_argument("--shots", type=bounded(int, 1), nargs="+", default=[1, 3, 5, 7, 9], help="ncm")
+    parser.add_argument("--trials", type=bounded(int, 1), default=5, help="ncm: random choices of the shots")
     return parser.parse_args()
 
 
@@ -183,7 +183,7 @@ def show(result):
 
 def main():
     args = parse_arguments()
-    device_named(args.device)
+    find_device(args.device)
     torch.set_float32_matmul_precision("highest")      # a container may have allowed TF32
     about, figures = COMMANDS[args.command](args)
     result = {"command": args.command, "model": args.model, "dataset": args.dataset,

@@ -22,7 +22,7 @@ from saved_files import arrays_stem, check_distinct, check_free, describe_origin
 from tqdm import tqdm
 from which_model import check_checkpoints, is_fixed_feature, load_checkpoint
 
-from mrl_files import InputError, allocate, json_says, locked, read_array, read_json, replacing, write_json
+from mrl_files import InputError, allocate, json_contains, locked, read_array, read_json, replacing, write_json
 from mrl_images import check_same_classes, printable
 from mrl_models import autocast, classifier
 
@@ -156,10 +156,11 @@ def begin(files, about, n, skip_bad_images, overwrite):
     check_dump(files, about, skip_bad_images, overwrite)
     if files.plan.exists() and not files.rows.exists() and files.X.exists():      # stopped in `finish`: undo the rename
         os.replace(files.X, files.rows)
-    if files.rows.exists() and json_says(files.plan, about):
+    if files.rows.exists() and json_contains(files.plan, about):
         retry_unreadable(files.state)
         print(f"{files.X}: going on where it stopped")
-    elif files.X.exists() and json_says(files.about, about) and not (overwrite and read_json(files.about)["skipped"]):
+    elif (files.X.exists() and json_contains(files.about, about)
+          and not (overwrite and read_json(files.about)["skipped"])):
         print(f"{files.X}: complete already")
         remove_partial(files)
     else:

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from mrl_files import InputError, reason
+from mrl_files import InputError, describe_error
 from mrl_images import image_path, list_images, printable, read_rgb
 from mrl_models import MEAN, STD
 
@@ -64,7 +64,7 @@ class ImageSet(Dataset):
         try:
             read_rgb(self.path(i))
         except Exception as error:
-            return f"{printable(self.path(i))} ({reason(error)})"
+            return f"{printable(self.path(i))} ({describe_error(error)})"
         return f"{printable(self.path(i))} (readable now)"
 
 
@@ -115,9 +115,9 @@ def name_dead_workers():
     except RuntimeError as error:
         if not re.search(r"DataLoader worker \(pid|unable to write to file </torch_", str(error)):
             raise
-        raise InputError(f"a process that reads images was ended, most often because memory ran out ({reason(error)}): "
-                         "give fewer --workers or a smaller --batch_size; in a container more shared memory "
-                         "(docker: --shm-size), or --workers 0") from None
+        raise InputError("a process that reads images was ended, most often because memory ran out "
+                         f"({describe_error(error)}): give fewer --workers or a smaller --batch_size; in a container "
+                         "more shared memory (docker: --shm-size), or --workers 0") from None
 
 
 def show_skipped(names):

@@ -6,7 +6,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from mrl_files import InputError, device_named
+from mrl_files import InputError, find_device
 
 
 def start_device(args):
@@ -14,7 +14,7 @@ def start_device(args):
     name, several = args.device, count_processes() > 1
     if several and name.startswith("cuda") and (gpus := torch.cuda.device_count()):
         name = f"cuda:{int(os.environ['LOCAL_RANK']) % gpus}"
-    device = device_named(name)
+    device = find_device(name)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)      # the thread that pins batches asks for no other: it would go to GPU 0
     if several:

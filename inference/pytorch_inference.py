@@ -20,10 +20,10 @@ from eval_sets import CLASSIFICATION, RETRIEVAL
 from image_set import name_dead_workers
 from processes import count_processes, start_device, warn
 
-from mrl_files import InputError, command_line, file_path, leave_group, number
+from mrl_files import InputError, bounded, command_line, file_path, leave_group
 from mrl_models import check_nesting_list
 
-positive = number(int, 1)
+positive = bounded(int, 1)
 
 
 def parse_arguments():
@@ -59,8 +59,8 @@ def add_model_flags(group):
 
 
 def add_run_flags(group):
-    either, pixels = group.add_mutually_exclusive_group(), number(int, 1, 10_000)
-    group.add_argument("--workers", type=number(int, 0, 16 * os.cpu_count()), default=min(12, os.cpu_count()),
+    either, pixels = group.add_mutually_exclusive_group(), bounded(int, 1, 10_000)
+    group.add_argument("--workers", type=bounded(int, 0, 16 * os.cpu_count()), default=min(12, os.cpu_count()),
                        help="processes that read images")
     group.add_argument("--batch_size", type=positive, default=256)
     group.add_argument("--resize", type=pixels, default=256, help="pixels of the shorter side before the crop")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mrl_files import json_says, replacing, write_json
+from mrl_files import json_contains, replacing, write_json
 
 
 def fingerprint(path, X):
@@ -27,7 +27,7 @@ def record_file(path):
 
 def has_record(path, record):
     """Is `path` there, with a record that says everything in `record`?"""
-    return Path(path).exists() and json_says(record_file(path), record)
+    return Path(path).exists() and json_contains(record_file(path), record)
 
 
 @contextmanager

@@ -20,9 +20,9 @@ from report import choose_sizes, format_table, report, report_file, write_table
 from stages import ensure_neighbors, ensure_reranked, ensure_serving_index, score, score_all
 from study import MODELS, Study, Task
 
-from mrl_files import command_line, file_path, number
+from mrl_files import bounded, command_line, file_path
 
-COUNT = number(int, 1)
+COUNT = bounded(int, 1)
 
 
 def arguments():

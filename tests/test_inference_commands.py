@@ -366,7 +366,7 @@ def test_the_chosen_gpu_is_the_current_one(monkeypatch, flag, rank, current):
     chosen = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
-    monkeypatch.setattr(processes, "device_named", torch.device)
+    monkeypatch.setattr(processes, "find_device", torch.device)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
     if rank is not None:
         monkeypatch.setenv("WORLD_SIZE", "4")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from mrl_files import InputError, locked, read_json, reason, replacing, write_json
+from mrl_files import InputError, describe_error, locked, read_json, replacing, write_json
 
 FORMAT = "MRL training checkpoint 1"
 CURRENT = "checkpoint.pt"
@@ -125,7 +125,7 @@ def read(path, run=None):
             damaged = archive.testzip()
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InputError(f"{path}: truncated or no checkpoint ({reason(error)}); {ANEW}") from None
+        raise InputError(f"{path}: truncated or no checkpoint ({describe_error(error)}); {ANEW}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path}: damaged, or not a training checkpoint of this repository; {ANEW}")
     if state.get("run") != run:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from mrl_files import InputError, command_line, device_named, leave_group
+from mrl_files import InputError, command_line, find_device, leave_group
 
 FLAG = "--training.device"
 # After one process has ended, the others get this many seconds to end too: PyTorch would end them at once, and say so.
@@ -106,7 +106,7 @@ def launch(worker, settings, *args):
     if under_torchrun():
         run_worker(int(os.environ["LOCAL_RANK"]), worker, settings, *args)
     elif world_size(settings) == 1:
-        worker(Process(device=device_named(settings.training.device, FLAG)), settings, *args)
+        worker(Process(device=find_device(settings.training.device, FLAG)), settings, *args)
     else:
         spawn(worker, settings, *args)
 
@@ -145,7 +145,7 @@ def run_worker(local_rank, worker, settings, *args):
     rank, size = int(os.environ["RANK"]) if under_torchrun() else local_rank, int(os.environ["WORLD_SIZE"])
     os.environ["LOCAL_RANK"] = str(local_rank)      # what NCCL takes as its device; a shell may have left another
     cuda = settings.training.device == "cuda"
-    device = device_named(f"cuda:{local_rank}" if cuda else "cpu", FLAG)
+    device = find_device(f"cuda:{local_rank}" if cuda else "cpu", FLAG)
     if cuda:
         torch.cuda.set_device(device)
     # gloo beside nccl: small messages between the hosts must not wait for the GPU's queue

@@ -168,18 +168,11 @@ def search(sizes):
         times[device] = np.array([seconds(lambda find=find, device=device: lists.update({device: find(xq, 10)[1]}))
                                   for _ in range(rounds)])
     same = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(lists[sizes.device], lists["cpu"], strict=True)])
-    show(f"exact search, {sizes.search[1]} queries in {sizes.search[0]} x {sizes.width}, {engine(sizes.device)}",
+    engine = "FAISS" if sizes.device == "cpu" else "PyTorch"
+    show(f"exact search, {sizes.search[1]} queries in {sizes.search[0]} x {sizes.width}, {engine}",
          f"{spread(times[sizes.device])} s", f"{spread(times['cpu'] / times[sizes.device])} x the CPU's "
          f"{os.cpu_count()} cores; {same:.4f} of the neighbours are the same", "1.0000 of the neighbours")
     show("exact search: peak memory of PyTorch", memory(sizes.device))
-
-
-def engine(device):
-    """-> what searches there (neighbors.multiply chooses)."""
-    import neighbors
-    if device == "cpu":
-        return "FAISS"
-    return "FAISS on the GPU" if neighbors.gpu_faiss() else "PyTorch (FAISS-GPU not measured: this FAISS has none)"
 
 
 # What runs, in this order, and its share of the time. Compiling takes longest: it comes last and has all that is left.

@@ -12,7 +12,6 @@ stages.py writes what comes out of here to files.
 """
 import operator
 import sys
-from functools import cache
 
 import numpy as np
 import torch
@@ -134,8 +133,15 @@ def search_index(built):
 
 
 def search_flat(built, device):
-    on_device = None if device == "cpu" else on_gpu(view_vectors(built))
-    return lambda q, k: search_exactly([(0, view_vectors(built) if on_device is None else on_device)], q, k, device)
+    """A GPU gets the database once, not for each search."""
+    vectors = view_vectors(built)
+    if device != "cpu":
+        vectors = torch.as_tensor(vectors, device=device)
+
+    def find_unit(q, k):
+        return search_exactly([(0, vectors)], q, k, device)
+    find_unit.index = built                   # keeps the vectors, which are not copied on a CPU
+    return find_unit
 
 
 def search_blocks(xb, dim, block, zeros, device):
@@ -170,8 +176,6 @@ def multiply(q, block, k, device):
     """-> the k largest inner products [q, k] and their rows, largest first."""
     if device == "cpu":
         return faiss.knn(q, block, k, metric=faiss.METRIC_INNER_PRODUCT)
-    if gpu_faiss() and k <= 2048:
-        return faiss.knn_gpu(gpu_faiss(), q, block, k, metric=faiss.METRIC_INNER_PRODUCT)
     return multiply_with_torch(q, block, k, device)
 
 
@@ -182,17 +186,6 @@ def multiply_with_torch(q, block, k, device):
     rows = max(1, PRODUCTS // len(block))                 # queries at a time
     best = [(torch.from_numpy(q[lo:lo + rows]).to(device) @ block_t).topk(k) for lo in range(0, len(q), rows)]
     return tuple(torch.cat([b[part] for b in best]).cpu().numpy() for part in (0, 1))
-
-
-def on_gpu(block):
-    """A database that stays: copied once, not for each search (FAISS does its own copying)."""
-    return block if gpu_faiss() else torch.as_tensor(block, device="cuda")
-
-
-@cache
-def gpu_faiss():
-    """-> the GPU memory of a FAISS that was built for GPUs, where there is one; else None."""
-    return faiss.StandardGpuResources() if faiss.get_num_gpus() > 0 else None
 
 
 def choose_device(device):

@@ -103,16 +103,6 @@ def test_torch_gives_the_same_as_faiss(world, rows, monkeypatch):
     assert_nearest(xb, xq, 16, I, 2 - 2 * S)
 
 
-def test_on_a_gpu_faiss_is_used_where_it_can_and_torch_where_not(monkeypatch):
-    monkeypatch.setattr("faiss.knn_gpu", lambda *of, **more: "faiss")
-    monkeypatch.setattr("neighbors.multiply_with_torch", lambda *of: "torch")
-    found = {}
-    for has in (None, "memory of a GPU"):
-        monkeypatch.setattr("neighbors.gpu_faiss", lambda has=has: has)
-        found |= {(has is not None, k): neighbors.multiply(None, None, k, "cuda") for k in (2048, 2049)}
-    assert found == {(False, 2048): "torch", (False, 2049): "torch", (True, 2048): "faiss", (True, 2049): "torch"}
-
-
 @pytest.mark.gpu
 def test_a_gpu_gives_the_same_as_the_cpu(world):
     xb, xq = world

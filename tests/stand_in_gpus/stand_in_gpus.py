@@ -206,22 +206,3 @@ def compile_graph(graph, inputs):
 
 dist.init_process_group = init_group
 torch.nn.Module.compile = functools.partialmethod(compile_module, backend=compile_graph)
-
-
-# ---- FAISS
-
-def build_faiss_for_gpus():
-    """From here on, for the search of retrieval/: FAISS's wheel is built without."""
-    import faiss
-    import neighbors
-
-    class StandardGpuResources:
-        pass
-
-    def knn_gpu(memory, queries, database, k, metric):
-        assert isinstance(memory, StandardGpuResources) and k <= 2048
-        note("faiss")
-        return faiss.knn(queries, database, k, metric=metric)
-
-    faiss.get_num_gpus, faiss.StandardGpuResources, faiss.knn_gpu = lambda: GPUS, StandardGpuResources, knn_gpu
-    neighbors.gpu_faiss.cache_clear()

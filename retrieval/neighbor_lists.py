@@ -42,11 +42,11 @@ class Recipe(NamedTuple):
         return max((self.retrieval_dim, *self.rerank_dims))
 
 
-NAMES = (r"(?P<index>[a-z0-9]+)_(?P<retrieval_dim>\d+)dim_(?P<k>\d+)shortlist_(?P<dataset>.+)",
+NAMES = (r"(?P<index>[a-z0-9]+(?:_sq8|_pq)?)_(?P<retrieval_dim>\d+)dim_(?P<k>\d+)shortlist_(?P<dataset>.+)",
          r"(?P<retrieval_dim>\d+)dim-reranked(?P<rerank_dims>\d+)_(?P<shortlists>\d+)shortlist"
-         r"_(?P<dataset>.+)_(?P<index>[a-z0-9]+)",
+         r"_(?P<dataset>.+?)_(?P<index>[a-z0-9]+(?:_sq8|_pq)?)",
          r"(?P<retrieval_dim>\d+)dim-cascade\[(?P<rerank_dims>[\d, ]+)\]_shortlist\[(?P<shortlists>[\d, ]+)\]"
-         r"_(?P<dataset>.+)_(?P<index>[a-z0-9]+)")
+         r"_(?P<dataset>.+?)_(?P<index>[a-z0-9]+(?:_sq8|_pq)?)")
 
 
 def list_file(folder, recipe, dataset, model, ending=".npy"):

@@ -16,13 +16,12 @@ import sys
 import numpy as np
 import torch
 from faiss_kernels import faiss
-from indexes import EF_SEARCH, build, find_kind, find_parameters, view_vectors
+from indexes import build, find_kind, find_parameters, new_index, view_vectors
 from tqdm import tqdm
 
 from mrl_files import InputError
 
 MEMORY_GB = 4                 # of normalised vectors held at once; above it exact search reads the file in blocks
-FAR = 4                       # from the origin, where a graph has vectors of zeros: 3 or more from all unit vectors
 PRODUCTS = 2 ** 28            # that torch holds at a time: 1 GiB
 
 
@@ -44,11 +43,11 @@ class Zeros:
         self.told = True
 
 
-def unit(x, dim, what="the database", first=0, zeros=None, zeros_far=False):
+def unit(x, dim, what="the database", first=0, zeros=None, zero=0):
     """-> [n, dim] float32: the first dim numbers of each row, at length 1; a row of zeros stays one: cosine 0 to all.
 
-    first: the number of x's first row. zeros: a Zeros that counts them. zeros_far: put them FAR from where they are,
-    for graphs, whose L2 distance has zeros nearer to a query than what lies at right angles.
+    first: the number of x's first row. zeros: a Zeros that counts them. zero: the length at which they are put instead,
+    for indexes, whose L2 distance has zeros nearer to a query than what lies at right angles.
     """
     u = np.array(x[:, :dim], np.float32, order="C")       # a copy: FAISS normalises in place
     squares = np.empty(len(u), np.float32)
@@ -58,8 +57,8 @@ def unit(x, dim, what="the database", first=0, zeros=None, zeros_far=False):
         raise InputError(f"{what}: row {first + bad.argmax()} is not finite in its first {dim} numbers "
                          f"({bad.sum()} such rows); write the embeddings again in fp32")
     faiss.normalize_L2(u)
-    if zeros_far:
-        u[squares == 0] = -FAR * dim ** -0.5
+    if zero:
+        u[squares == 0] = zero * dim ** -0.5
     if zeros is not None:
         zeros.add((squares == 0).sum(), len(u))
     return u
@@ -91,22 +90,24 @@ def search(xb, xq, retrieval_dim, k, index="exactl2", **options):
     return searcher(xb, retrieval_dim, index, **options)(xq, k)
 
 
-def searcher(xb, retrieval_dim, index="exactl2", file=None, record=None, device="auto", memory_gb=MEMORY_GB):
+def searcher(xb, retrieval_dim, index="exactl2", file=None, record=None, device="auto", memory_gb=MEMORY_GB,
+             nlist=None, nprobe=None):
     """Prepare a database once -> find(xq, k) -> D, I.
 
     index: a row of indexes.INDEXES. file, record: where to keep the built index, and what it must have been made from
-    to be used again. device: auto, cpu or cuda, for exact search (a graph is searched on the CPU). Exact search of more
-    than memory_gb of prefixes keeps nothing: each call reads xb in blocks of that size.
+    to be used again. device: auto, cpu or cuda, for exact search (the others are searched on the CPU). Exact search of
+    more than memory_gb of prefixes keeps nothing: each call reads xb in blocks of that size. nlist: clusters of an IVF
+    index; nprobe: those that a search visits (see indexes.choose_clusters, choose_probes).
     """
     kind, dim, device = find_kind(index), check_size(xb, retrieval_dim), choose_device(device)
     zeros, block = Zeros(dim), rows_in_memory(dim, memory_gb)
     if kind.exact and len(xb) > block:
         find_unit = search_blocks(xb, dim, block, zeros, device)
     else:
-        built = build(xb, lambda: kind.new(dim, EF_SEARCH),
-                      lambda lo, rows: unit(rows, dim, first=lo, zeros=zeros, zeros_far=not kind.exact), file, record)
+        built = build(xb, lambda: new_index(xb, dim, kind, nlist=nlist, nprobe=nprobe),
+                      lambda lo, rows: unit(rows, dim, first=lo, zeros=zeros, zero=kind.zero), file, record)
         zeros.tell()
-        find_unit = search_flat(built, device) if kind.exact else search_index(built)
+        find_unit = search_flat(built, device) if kind.exact else search_index(built, nprobe)
 
     def find(xq, k, first=0):
         k = check_queries(xb, xq, k)
@@ -124,9 +125,9 @@ def rows_in_memory(dim, memory_gb):
 
 # Three ways to search: each -> find_unit(q, k) -> D, I of unit vectors q.
 
-def search_index(built):
+def search_index(built, nprobe):
     def find_unit(q, k):
-        D, I = built.search(q, k, params=find_parameters(built, k))
+        D, I = built.search(q, k, params=find_parameters(built, built.ntotal, k, nprobe))
         D[(D > 5) | ~q.any(1, keepdims=True)] = 2          # one of the two is zero: cosine 0
         return np.where(I < 0, np.inf, D), I
     return find_unit

@@ -13,14 +13,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from metrics import KS
-from stages import ensure_k_neighbors, ensure_reranked, score
+from stages import ensure_k_neighbors, ensure_reranked, find_truth, score
 
 from mrl_files import InputError, replacing
 
 PAPER = Path(__file__).with_name("paper_curves.csv")
 IMAGENET_CLASSES = {"1K": 1000, "4K": 4202}
 STYLES = [{"linestyle": "-", "marker": "o"}, {"linestyle": "--", "marker": "o", "fillstyle": "none"},
-          {"linestyle": ":", "marker": "o", "fillstyle": "right"}]                       # one for each index
+          {"linestyle": ":", "marker": "o", "fillstyle": "right"}, {"linestyle": "-.", "marker": "s"},
+          {"linestyle": (0, (5, 1)), "marker": "s", "fillstyle": "none"}]                # one for each index
 METHODS = {"single-shot": ("C0", "o", 6), "adaptive": ("C1", "D", 4), "funnel": ("C2", "*", 11)}
 DRAWN = 10                  # the k of the pictures' mAP
 MODEL_NAMES = {"mrl": "MRL", "mrl_e": "MRL-E", "ff": "FF"}
@@ -35,12 +36,14 @@ def report(study, indexes=("exactl2",), sizes=None, shortlist=200, ks=KS):
     sizes: None is all that inference noted. shortlist: of the adaptive grid. ks: of the metrics; 10 is always there.
     """
     ks = sorted({DRAWN, *ks})
-    rows = [score(study, file, ks) for index in indexes
-            for file in ensure_lists(study.with_index(index), sizes, shortlist, ks)]
+    truth = ensure_truth(study)
+    rows = [score(of_index, file, ks, truth) for of_index in map(study.with_index, indexes)
+            for file in ensure_lists(of_index, sizes, shortlist, ks)]
     table, paper, task = pd.DataFrame(rows), select_paper(study), study.task
     write_table(table, report_file(task, "report.csv"))
     save(draw_sizes(table, paper, task), report_file(task, "size.png"))
     save(draw_costs(table, paper, study), report_file(task, "cost.png"))
+    save(draw_memory(table, study), report_file(task, "memory.png"))
     return table
 
 
@@ -53,6 +56,14 @@ def report_file(task, ending):
 def write_table(table, path):
     with replacing(path) as temporary:
         table.to_csv(temporary, index=False)
+
+
+def ensure_truth(study):
+    """-> [q, 10] the exact neighbours at the full width; None for FF, whose sizes are different models."""
+    data = study.data(max(study.sizes))
+    if study.task.model != "ff" and len(data.xb) >= DRAWN:
+        ensure_k_neighbors(study.with_index("exactl2"), data.xb.shape[1], DRAWN)
+    return find_truth(study)
 
 
 def ensure_lists(study, sizes, shortlist, ks):
@@ -90,7 +101,7 @@ def list_stages(sizes, dataset, shortlist, n):
 
 def format_table(table):
     """-> the table as people read it: accuracies in per cent, other ks and quartiles of times left to the CSV."""
-    shown = [c for c in table.columns if ("@" not in c or c in ("mAP@10", "precision@10", "recall@10"))
+    shown = [c for c in table.columns if ("@" not in c or c in ("mAP@10", "recall@10", "neighbors@10"))
              and c not in ("ms_low", "ms_high")]
     fractions = {c: 100 * table[c] for c in shown if c == "top1" or "@" in c}
     return table.assign(**fractions)[shown].to_string(index=False, na_rep="", float_format="{:.4g}".format)
@@ -144,6 +155,23 @@ def draw_costs(table, paper, study):
     return figure
 
 
+def draw_memory(table, study):
+    """mAP@10, and the share of the exact neighbours, against bytes a vector."""
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    both = figure.subplots(1, 2)
+    columns = [column for column in ("mAP@10", "neighbors@10") if column in table]
+    for axes, column in zip(both, columns, strict=False):
+        for (index, rows), style in zip(table.groupby("index"), STYLES, strict=False):
+            draw_methods(axes, rows, "bytes_per_vector", index, style, column)
+        scale_costs(axes)
+        axes.set(xlabel="bytes a vector: the index, and the numbers that are re-ranked", ylabel=f"{column} (%)")
+    both[0].legend()
+    widen(both[0])
+    figure.suptitle(f"{study.task.dataset}, {MODEL_NAMES[study.task.model]}: memory; "
+                    "neighbors@10: of the 10 nearest at the full width, those found")
+    return figure
+
+
 def scale_costs(axes):
     """Logarithmic, with plain numbers at 1, 2, 5, 10 ..."""
     axes.set_xscale("log")
@@ -161,14 +189,14 @@ def widen(axes, points=5):
     axes.set_ylim(low - more, high + more)
 
 
-def draw_methods(axes, table, cost, index, style):
+def draw_methods(axes, table, cost, index, style, column="mAP@10"):
     for method, (color, marker, size) in METHODS.items():
         rows = table[table.method == method]
         line = style["linestyle"] if method == "single-shot" else "none"
-        axes.plot(rows[cost], 100 * rows["mAP@10"], color=color, label=f"{method}, {index}" if len(rows) else None,
+        axes.plot(rows[cost], 100 * rows[column], color=color, label=f"{method}, {index}" if len(rows) else None,
                   **style | {"linestyle": line, "marker": marker, "markersize": size})
     for row in table[table.method == "single-shot"].itertuples():
-        axes.annotate(row.retrieval_dim, (getattr(row, cost), 100 * table.loc[row.Index, "mAP@10"]), fontsize=7,
+        axes.annotate(row.retrieval_dim, (getattr(row, cost), 100 * table.loc[row.Index, column]), fontsize=7,
                       xytext=(4, -9), textcoords="offset points")
 
 

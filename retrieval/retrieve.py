@@ -53,6 +53,10 @@ def add_common(command, several_indexes):
     add("--device", default=default.device, choices=("auto", "cpu", "cuda"), help="for exact search (%(default)s)")
 
 
+    add("--nlist", type=COUNT, help="ivf_*: clusters of the database (a power of two near 2 sqrt(n))")
+    add("--nprobe", type=COUNT, help="ivf_*: clusters that a search visits (a 32nd of them, 16 at least)")
+
+
 def add_search(command):
     command.add_argument("--sizes", type=COUNT, nargs="+", help="default: all")
     command.add_argument("--k", type=COUNT, help="neighbours a query (2048, or all of a smaller database)")

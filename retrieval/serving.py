@@ -8,7 +8,7 @@ FAISS can serve it.
 """
 import numpy as np
 from faiss_kernels import faiss
-from indexes import STORES, build, find_kind, find_parameters, read_index
+from indexes import STORES, build, find_kind, find_parameters, new_index, read_index, take_sample
 from neighbors import Zeros, check_size, unit
 
 from mrl_files import InputError
@@ -17,13 +17,13 @@ K = 10      # neighbours for which an index re-ranks as many candidates as it wa
 
 
 def adaptive_index(xb, retrieval_dim, rerank_dim=None, index="hnsw32", shortlist=200, storage="float32",
-                   file=None, record=None):
+                   file=None, record=None, nlist=None, nprobe=None):
     """Adaptive retrieval (section 4.3.1) as one FAISS index: shortlist at retrieval_dim, re-ranked at rerank_dim.
 
     It takes raw full-width vectors, cuts and normalises them itself, and can be written and served by FAISS alone:
     `faiss.read_index(file).search(xq, 10)` re-ranks `shortlist` candidates. rerank_dim: the full width when None.
-    storage: float32 or float16, of the vectors that the second stage keeps (n * rerank_dim numbers in memory).
-    file, record: as for neighbors.searcher.
+    storage: float32, float16 or sq8 (8 bits), of the numbers that the second stage keeps (n * rerank_dim in memory).
+    file, record, nlist, nprobe: as for neighbors.searcher.
     """
     retrieval_dim = check_size(xb, retrieval_dim)
     rerank_dim = check_size(xb, rerank_dim or xb.shape[1])
@@ -33,16 +33,30 @@ def adaptive_index(xb, retrieval_dim, rerank_dim=None, index="hnsw32", shortlist
     if storage not in STORES:
         raise InputError(f"unknown storage {storage!r}: {', '.join(STORES)}")
     kind, zeros = find_kind(index), Zeros(retrieval_dim)
-    built = build(xb, lambda: new_adaptive_index(xb.shape[1], retrieval_dim, rerank_dim, kind, shortlist, storage),
-                  lambda lo, rows: oppose_zeros(check_finite(rows, retrieval_dim, rerank_dim, first=lo, zeros=zeros),
-                                                retrieval_dim), file, record)
+
+    def new():
+        first, store = new_index(xb, retrieval_dim, kind, shortlist, nlist, nprobe), new_store(xb, rerank_dim, storage)
+        return combine(xb.shape[1], first, store, shortlist)
+
+    def prepare(lo, rows):
+        checked = check_finite(rows, retrieval_dim, rerank_dim, first=lo, zeros=zeros)
+        return replace_zeros(checked, retrieval_dim, kind.zero)
+
+    built = build(xb, new, prepare, file, record)
     zeros.tell()
     return built
 
 
-def new_adaptive_index(width, retrieval_dim, rerank_dim, kind, shortlist, storage):
-    first = kind.new(retrieval_dim, shortlist)
-    refine = faiss.IndexRefine(prepend_cut(rerank_dim, first), STORES[storage](rerank_dim))
+def new_store(xb, dim, storage):
+    store = faiss.index_factory(dim, STORES[storage])
+    if not store.is_trained:
+        store.train(take_sample(xb, dim, 2 ** 14))
+    return store
+
+
+def combine(width, first, store, shortlist):
+    """-> an index on `width` numbers: `first` finds candidates, which are re-ranked by what `store` keeps."""
+    refine = faiss.IndexRefine(prepend_cut(store.d, first), store)
     refine.k_factor = shortlist / K
     # Through bytes: the copy owns its parts, of which Python would free some too early.
     return faiss.deserialize_index(faiss.serialize_index(prepend_cut(width, refine)))
@@ -62,10 +76,10 @@ def check_finite(x, *dims, what="the database", first=0, zeros=None):
     return np.array(x, np.float32, order="C")
 
 
-def oppose_zeros(x, dim):
+def replace_zeros(x, dim, zero):
     """Make a prefix of zeros ever so slightly negative. FAISS normalises it: it is opposite to all features that are
-    not negative, as a ReLU's, and found last."""
-    x[~x[:, :dim].any(1), :dim] = -1e-15
+    not negative, as a ReLU's, and found last. zero: NaN where the index is to leave it out."""
+    x[~x[:, :dim].any(1), :dim] = zero if np.isnan(zero) else -1e-15
     return x
 
 
@@ -74,8 +88,8 @@ def read_adaptive_index(file):
     return read_index(file, faiss.IO_FLAG_MMAP_IFC)
 
 
-def adaptive_search(index, xq, k, shortlist=200):
-    """-> D [q, k], I [q, k] from one call; any shortlist >= k."""
+def adaptive_search(index, xq, k, shortlist=200, nprobe=None):
+    """-> D [q, k], I [q, k] from one call; any shortlist >= k. nprobe: the clusters that an IVF index visits."""
     if not 1 <= k <= shortlist <= index.ntotal:
         raise InputError(f"k={k}, shortlist={shortlist}: must be 1 <= k <= shortlist <= {index.ntotal} vectors")
     if shortlist > 1000 * k:
@@ -85,7 +99,7 @@ def adaptive_search(index, xq, k, shortlist=200):
     second = faiss.downcast_index(index.index)
     first = faiss.downcast_index(second.base_index)
     queries = check_finite(xq, first.index.d, second.d, what="the queries")
-    parameters = find_parameters(first.index, shortlist)
+    parameters = find_parameters(first.index, index.ntotal, shortlist, nprobe)
     # FAISS cuts k * k_factor to an integer: the half keeps it from falling below the shortlist.
     refine = faiss.IndexRefineSearchParameters(
         k_factor=(shortlist + 0.5) / k, base_index_params=faiss.SearchParametersPreTransform(index_params=parameters))

@@ -38,7 +38,7 @@ def ensure_neighbors(study, retrieval_dim, k=None):
 
     def prepare():
         find = neighbors.searcher(data.xb, retrieval_dim, task.index, *index_file(task, data, retrieval_dim),
-                                  task.device, task.memory_gb)
+                                  task.device, task.memory_gb, task.nlist, task.nprobe)
         return lambda lo, hi: find(data.xq[lo:hi], k, lo)[1]
 
     return ensure_list(task, data, Recipe(task.index, retrieval_dim, k), prepare,
@@ -55,7 +55,7 @@ def count_queries(task, data, retrieval_dim, k):
 
 def ensure_k_neighbors(study, retrieval_dim, k):
     """-> the shortest list there is of k neighbours or more; where there is none, one of k is made."""
-    task, record = study.task, study.data(retrieval_dim).record
+    task, record = study.task, study.data(retrieval_dim).record | study.task.probing
     there = list_files(task.output, task.dataset, task.model, lambda file, recipe: (
         recipe[:2] == (task.index, retrieval_dim) and not recipe.rerank_dims and recipe.k >= k
         and is_current(file, record)))
@@ -96,7 +96,7 @@ def ensure_list(task, data, recipe, prepare, chunk, source=None):
     prepare() -> find(lo, hi) -> I [hi - lo, k] of those queries, `chunk` of them at a time. source: the list that is
     re-ranked.
     """
-    record = data.record | recipe._asdict()
+    record = data.record | recipe._asdict() | task.probing
     if source:
         record["source"] = {"file": source.name, "written_ns": source.stat().st_mtime_ns}
     if there := find_list(task, recipe, record):
@@ -144,7 +144,7 @@ def index_file(task, data, dim, suffix=""):
     """-> (path of a built index, under the original's name; what it must have been made from)."""
     database = "1K" if task.dataset == "V2" else task.dataset
     return (Path(task.output) / "index_files" / task.model / f"{database}_{dim}dim_{task.index}{suffix}.index",
-            {"database": data.record["database"], "index": task.index, "retrieval_dim": dim})
+            {"database": data.record["database"], "index": task.index, "retrieval_dim": dim} | task.probing)
 
 
 def ensure_serving_index(study, retrieval_dim, rerank_dim=None, shortlist=200, storage="float32"):
@@ -157,7 +157,7 @@ def ensure_serving_index(study, retrieval_dim, rerank_dim=None, shortlist=200, s
     stages = {"rerank_dim": rerank_dim, "shortlist": shortlist, "storage": storage}
     file, record = index_file(task, data, retrieval_dim, f"-reranked{rerank_dim}_{shortlist}shortlist_{storage}")
     return file, serving.adaptive_index(data.xb, retrieval_dim, rerank_dim, task.index, shortlist, storage,
-                                        file, record | stages)
+                                        file, record | stages, task.nlist, task.nprobe)
 
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -175,7 +175,7 @@ def score_all(study, ks=KS, eval_config="all"):
     if not files:
         raise InputError(f"{Path(task.output) / 'neighbors'}: no lists of {task.dataset}, {task.model} "
                          f"({eval_config}) that fit the embeddings; retrieve.py search makes them")
-    return [score(study, file, ks) for file in files]
+    return [score(study, file, ks, find_truth(study)) for file in files]
 
 
 def leave_out(study, file, recipe):
@@ -189,8 +189,24 @@ def leave_out(study, file, recipe):
     return not fit
 
 
-def score(study, file, ks=KS):
-    """-> one row of a table: what a list is, its accuracy (fractions), its cost. ks past its end are left out."""
+def find_truth(study):
+    """-> [q, 10] the exact neighbours at the full width, if there is a list of them; None if not."""
+    task = study.task
+    if task.model == "ff":                    # each size is another model: the largest is no truth of the others
+        return None
+    data = study.data(study.sizes[-1])
+    files = list_files(task.output, task.dataset, task.model, lambda file, recipe: (
+        recipe.index == "exactl2" and not recipe.rerank_dims and recipe.retrieval_dim == data.xb.shape[1]
+        and recipe.k >= 10 and is_current(file, data.record)))
+    return read_list(next(iter(files)), len(data.xb), len(data.xq))[:, :10] if files else None
+
+
+def score(study, file, ks=KS, truth=None):
+    """-> one row of a table: what a list is, its accuracy (fractions), its cost. ks past its end are left out.
+
+    truth: [q, 10] the exact neighbours at the full width; `neighbors@10` is the share of them that a list's first 10
+    hold.
+    """
     file, recipe = Path(file), check_list_file(study.task, Path(file))
     data = study.data(recipe.width)
     if not is_current(file, data.record):
@@ -199,7 +215,10 @@ def score(study, file, ks=KS):
     ks = [k for k in ks if k <= I.shape[1]]
     found = compute_metrics(*study.labels(data), I, [1, *ks])
     accuracy = {f"{name}@{k}": value for k in ks for name, value in found[k].items()}
-    return describe(recipe, len(data.xb)) | {"top1": found[1]["topk"]} | accuracy | describe_times(file, len(I))
+    if truth is not None:
+        accuracy["neighbors@10"] = (I[:, :10, None] == truth[:, None]).any(2).sum(1).mean() / 10
+    return (describe(recipe, len(data.xb)) | {"top1": found[1]["topk"]} | accuracy
+            | describe_memory(study.task, data, recipe) | describe_times(file, len(I)))
 
 
 def check_list_file(task, file):
@@ -218,6 +237,16 @@ def describe(recipe, n):
     return {"method": recipe.method, "index": recipe.index, "retrieval_dim": recipe.retrieval_dim,
             "rerank_dims": ",".join(map(str, recipe.rerank_dims)), "shortlists": ",".join(map(str, recipe.shortlists)),
             "mflops": count_mflops(n, recipe.retrieval_dim, recipe.rerank_dims, recipe.shortlists)}
+
+
+def describe_memory(task, data, recipe):
+    """-> bytes a vector of the first stage's index (of a search that streams: its prefixes) and of what is re-ranked,
+    as it lies in the embeddings' file; seconds that building the index took, NaN where none is kept."""
+    file, _ = index_file(task._replace(index=recipe.index), data, recipe.retrieval_dim)
+    first = file.stat().st_size / len(data.xb) if file.exists() else 4 * recipe.retrieval_dim
+    store = max(recipe.rerank_dims, default=0) * data.xb.itemsize
+    seconds = (read_json(record_file(file)) or {}).get("seconds", np.nan)
+    return {"bytes_per_vector": first + store, "build_s": seconds}
 
 
 def describe_times(file, queries):

@@ -30,6 +30,13 @@ class Task(NamedTuple):
     csv: bool = False                    # lists as header-less CSV, the original's format
     memory_gb: float = MEMORY_GB         # of vectors held at once
     device: str = "auto"                 # for exact search: auto, cpu or cuda
+    nlist: int | None = None             # clusters of an IVF index; None: indexes.choose_clusters
+    nprobe: int | None = None            # of them, those that a search visits; None: indexes.choose_probes
+
+    @property
+    def probing(self):
+        """What a record says beside the index's name, of those that have clusters."""
+        return {"nlist": self.nlist, "nprobe": self.nprobe} if self.index.startswith("ivf") else {}
 
 
 class Data(NamedTuple):

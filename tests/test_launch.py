@@ -40,6 +40,7 @@ def test_a_process_that_was_killed_is_named(monkeypatch):
 
 
 def ended_one_by_one(process, settings, folder):
+    launch.wait(process)      # both are there
     if not process.first:
         time.sleep(1)
         (folder / "ended by itself").touch()

@@ -15,13 +15,17 @@ from mrl_files import InputError
 SHAPES = [tuple(np.random.default_rng(seed).integers((30, 1, 3), (900, 50, 70))) for seed in range(6)]
 
 
+QUICK = [name for name in INDEXES if name != "ivf_pq"]      # to train
+PRECISE = [name for name in INDEXES if not name.startswith("ivf")]      # which keep the vectors as they are
+
+
 @pytest.fixture(scope="module")
 def world():
     xb, _, xq, _ = retrieval_world.world(3000, 60, 64)
     return xb, xq
 
 
-@pytest.mark.parametrize("index", INDEXES)
+@pytest.mark.parametrize("index", PRECISE)
 @pytest.mark.parametrize("n, q, d", SHAPES)
 def test_every_index_and_size_equals_brute_force(index, n, q, d):
     xb, _, xq, _ = retrieval_world.world(n, q, d, seed=n)
@@ -40,7 +44,7 @@ def test_every_index_and_size_equals_brute_force(index, n, q, d):
 
 def test_the_whole_database_in_order():
     xb, _, xq, _ = retrieval_world.world(70, 5, 12)
-    for index in INDEXES:
+    for index in PRECISE:
         D, I = search(xb, xq, 12, 70, index)
         assert_nearest(xb, xq, 12, I, D)
 
@@ -52,6 +56,22 @@ def test_a_graphs_list_has_no_holes(world, index, recall):
     found = search(xb, xq, 16, 1000, index)[1]
     assert (found >= 0).all()                                           # efSearch >= k
     assert np.mean([len(set(a) & set(b)) / 1000 for a, b in zip(found, exact, strict=True)]) > recall
+
+
+@pytest.mark.parametrize("index, recall, rounding", [("ivf_sq8", 0.97, 0.02), ("ivf_pq", 0.75, 0.3)])
+def test_an_index_of_clusters_finds_most_of_them(world, index, recall, rounding):
+    """All clusters visited: what is missed is what rounding loses."""
+    xb, xq = world
+    truth = search(xb, xq, 16, 50)[1]
+    D, I = search(xb, xq, 16, 50, index, nlist=50, nprobe=50)
+    assert np.mean([len(set(a) & set(b)) / 50 for a, b in zip(I, truth, strict=True)]) > recall
+    assert np.abs(D - np.take_along_axis(distances(xb, xq, 16), I, 1)).max() < rounding
+
+
+def test_lists_are_full_unless_few_clusters_are_asked_for(world):
+    assert all((search(*world, 16, k, "ivf_sq8")[1] >= 0).all() for k in (50, 2500))
+    D, I = search(*world, 16, 50, "ivf_sq8", nlist=300, nprobe=1)
+    assert (I < 0).any() and np.isinf(D[I < 0]).all()
 
 
 @pytest.mark.parametrize("rows", [1000, 999, 50])
@@ -79,7 +99,7 @@ def test_one_block_at_a_time_is_in_memory(world):
     assert len(given) == 4
 
 
-@pytest.mark.parametrize("index", INDEXES)
+@pytest.mark.parametrize("index", QUICK)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_memory_maps_and_float16_are_searched_and_left_as_they_are(world, tmp_path, index, dtype):
     paths = [tmp_path / "xb.npy", tmp_path / "xq.npy"]
@@ -154,7 +174,7 @@ def test_vectors_of_zeros_are_found_last_and_counted_once(features, capsys, opti
     assert capsys.readouterr().err.count("note: 2 of 3000 vectors of the database are zero in their first 16") == 1
 
 
-@pytest.mark.parametrize("index", INDEXES)
+@pytest.mark.parametrize("index", PRECISE)
 def test_distances_are_2_less_2_cosines_where_a_vector_is_zero_too(world, index):
     """Features of any sign: to nothing is a vector of zeros the nearest. A query of zeros is equally far from all."""
     xb, xq = (np.concatenate([np.zeros((3, 64), np.float32), x[:500]]) for x in world)
@@ -181,7 +201,7 @@ def test_how_close_distances_may_be_told_apart(dim):
     assert 2e-7 < max(seen) < 5e-6
 
 
-@pytest.mark.parametrize("index", INDEXES)
+@pytest.mark.parametrize("index", QUICK)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_vectors_that_are_not_finite_are_named(world, index, value):
     xb, xq = (x.copy() for x in world)
@@ -199,6 +219,8 @@ def test_vectors_that_are_not_finite_are_named(world, index, value):
     ({"retrieval_dim": 65}, "size 65 is not between 1 and the 64"), ({"retrieval_dim": 0}, "size 0"),
     ({"k": 3001}, "k=3001 is not between 1 and the 3000"), ({"k": 0}, "k=0"),
     ({"index": "hnsw_32"}, "unknown index 'hnsw_32': exactl2, hnsw32, hnsw8"),
+    ({"index": "ivf_sq8", "nlist": 3001}, "nlist=3001 is not between 1 and the 3000 vectors"),
+    ({"index": "ivf_sq8", "nlist": 20, "nprobe": 21}, "nprobe=21 is not between 1 and the 20 clusters"),
     ({"device": "gpu"}, "unknown device 'gpu'"), ({"memory_gb": 0}, "memory_gb=0")])
 def test_settings_that_do_not_fit_are_refused(world, settings, complaint):
     with pytest.raises(InputError, match=complaint):

@@ -1,8 +1,10 @@
 """serving.py: the adaptive index is shortlist + re-ranking, in memory, from a file and by FAISS alone."""
+from itertools import product
+
 import numpy as np
 import pytest
 import retrieval_world
-from indexes import INDEXES
+from indexes import STORES
 from neighbors import search
 from retrieval_world import assert_nearest
 from serving import adaptive_index, adaptive_search, read_adaptive_index
@@ -16,14 +18,13 @@ def world():
     return xb, xq
 
 
-@pytest.mark.parametrize("storage", ["float32", "float16"])
-@pytest.mark.parametrize("index", INDEXES)
-@pytest.mark.parametrize("rerank_dim", [None, 40])
+@pytest.mark.parametrize("index, storage, rerank_dim", [
+    *product(("exactl2", "hnsw32", "ivf_sq8"), STORES, (None, 40)), ("hnsw8", "float16", 40), ("ivf_pq", "sq8", 40)])
 def test_the_adaptive_index_is_shortlist_and_rerank(world, tmp_path, index, storage, rerank_dim):
     xb, xq = world
     file = tmp_path / "a.index"
     built = adaptive_index(xb, 8, rerank_dim, index, shortlist=100, storage=storage, file=file, record={})
-    slack = 2e-6 if storage == "float32" else 2e-3
+    slack = {"float32": 2e-6, "float16": 2e-3, "sq8": 0.05}[storage]
     for k, shortlist in ((10, 100), (7, 100), (1, 1), (3, 50)):
         D, I = adaptive_search(built, xq, k, shortlist)
         if index == "exactl2":
@@ -77,7 +78,7 @@ def test_vectors_of_zeros_are_found_last_and_counted(capsys):
     xb, _, xq, _ = retrieval_world.world(600, 20, 32)
     xb, xq = np.abs(xb), np.abs(xq)
     xb[7, :8] = xb[9] = 0
-    for kind in ("exactl2", "hnsw32"):
+    for kind in ("exactl2", "hnsw32", "ivf_sq8"):
         index = adaptive_index(xb, 8, 32, kind, shortlist=100)
         assert "note: 2 of 600 vectors of the database are zero in their first 8 numbers" in capsys.readouterr().err
         _, I = adaptive_search(index, xq, 100, 100)

@@ -196,14 +196,34 @@ def test_a_score_is_one_row_of_the_table(task):
     file = rerank(task, 8, [16, 32], [50, 12])
     row = score_list(task, file, [10, 25])
     I = np.load(file)
-    times = dict.fromkeys(("queries_per_s", "ms_per_query", "ms_low", "ms_high"), 0)
+    times = dict.fromkeys(("queries_per_s", "ms_per_query", "ms_low", "ms_high", "build_s"), 0)
+    size = os.path.getsize(f"{task.output}/index_files/mrl/1K_8dim_exactl2.index")
+    assert 8 * 4 * 400 < size < 8 * 4 * 400 + 1000 and row["build_s"] > 0
     assert row["ms_low"] <= row["ms_per_query"] <= row["ms_high"]
     assert row | times == pytest.approx({
         "method": "funnel", "index": "exactl2", "retrieval_dim": 8, "rerank_dims": "16,32", "shortlists": "50,12",
         "mflops": count_mflops(400, 8, [16, 32], [50, 12]), "top1": (YB[I[:, 0]] == YQ).mean(),
         "mAP@10": row["mAP@10"], "precision@10": (YB[I[:, :10]] == YQ[:, None]).mean(),
         "recall@10": ((YB[I[:, :10]] == YQ[:, None]).sum(1) / np.bincount(YB)[YQ]).mean(),
-        "topk@10": (YB[I[:, :10]] == YQ[:, None]).any(1).mean(), **times})
+        "topk@10": (YB[I[:, :10]] == YQ[:, None]).any(1).mean(), "bytes_per_vector": size / 400 + 32 * 4, **times})
+
+
+def test_neighbors_found_are_a_share_of_the_exact_ones_at_the_full_width(task):
+    file = search(task, 8, 20)
+    assert "neighbors@10" not in score_lists(task, [10])[0]            # there is no list of them yet
+    truth, I = np.load(search(task, 32, 12)), np.load(file)
+    rows = {row["retrieval_dim"]: row["neighbors@10"] for row in score_lists(task, [10])}
+    assert rows == {32: 1, 8: pytest.approx(np.mean([len({*a[:10]} & {*b[:10]}) / 10
+                                                     for a, b in zip(I, truth, strict=True)]))}
+
+
+def test_clusters_and_probes_are_part_of_what_an_index_and_a_list_were_made_from(task):
+    task = task._replace(index="ivf_sq8")
+    first = np.load(search(task, 8, 20))
+    assert (first < 0).sum() == 0
+    fewer = np.load(search(task._replace(nlist=50, nprobe=1), 8, 20))
+    assert (fewer < 0).any()                                            # one cluster holds fewer than 20
+    assert np.array_equal(np.load(search(task, 8, 20)), first)
 
 
 def test_time_is_that_of_search_and_re_ranking_together(task):

@@ -53,7 +53,7 @@ def main():
     characters, cells = read_atlas(args.atlas)
     write_pictures(Path(args.folder), characters, cells)
     n = read_typefaces().role.value_counts()
-    print(f"{len(characters)} characters in {n.train} typefaces to train on, {n.val} others to validate on, and {n.odd} odd")
+    print(f"{len(characters)} characters in {n.train} typefaces to train on, {n.val} others to validate, {n.odd} odd")
 
 
 if __name__ == "__main__":

@@ -376,8 +376,14 @@ TABLE = [
     Row("disk full", LEARN + " {saved}", r"policy\.json", file_limit=10),
 
     # -- the demo's own
-    Row("no folder named", "demo/prepare.py", "required"),
-    Row("a file for the folder", "demo/prepare.py {here}/out", "/out", holding("out", "of value")),
+    Row("no folder named", "demo/cut_kanji.py", "required"),
+    Row("a file for the folder", "demo/cut_kanji.py {here}/out", "/out", holding("out", "of value")),
+    Row("no atlas", "demo/cut_kanji.py {here}/out --atlas {here}/none.png", r"none\.png"),
+    Row("another picture for the atlas", "demo/cut_kanji.py {here}/out --atlas {images}/val/class0/0.jpg",
+        "not drawn from this typefaces.tsv"),
+    Row("no fonts", "demo/make_kanji.py --fonts {here} --output {here}/out.png",
+        r"ipaexg\.ttf.*apt-get install fonts-aoyagi-kouzan-t .*fonts-yusei-magic$"),
+    Row("no characters", "demo/make_kanji.py --characters 0", "--characters 0"),
     Row("nothing to draw", "demo/pictures.py {here}", r"bäd day/figures"),
 ]
 

@@ -15,36 +15,46 @@ fi
 touch "$out/.mrl-demo"
 step() { echo; echo "== $* ($((SECONDS / 60)) min $((SECONDS % 60)) s)"; }
 SECONDS=0
+cores=$(nproc)
 
 step "printed characters as an ImageNet-style folder tree, then as .ffcv files"
 rm -rf "$out"/{images,images_odd,ffcv,runs,figures,figures_odd,arrays,retrieval,outputs}
-mkdir -p "$out"/{figures,figures_odd}
+mkdir -p "$out"/{runs,figures,figures_odd}
 python demo/cut_kanji.py "$out"
 IMAGENET_DIR=$out/images WRITE_DIR=$out/ffcv WORKERS=2 train/write_imagenet.sh 32 0.50 90
 
-train() {   # name of the run, head
-  step "training $1"
-  (cd train && python train_imagenet.py --config-file ../demo/kanji.yaml "$2" --logging.folder="$out/runs" \
-    --logging.name="$1" --data.train_dataset="$out/ffcv/train_32_0.50_90.ffcv" \
-    --data.val_dataset="$out/ffcv/val_32_uncompressed.ffcv")
+# Networks as small as these gain little from a second core: two train at a time, on half of the cores each.
+step "training: FF at four sizes, MRL and MRL-E, two at a time"
+train() {   # name of the run, head. Shows a line for each epoch; the tables of each size are in the run's log
+  cd train
+  python -u train_imagenet.py --config-file ../demo/kanji.yaml "$2" --logging.folder="$out/runs" --logging.name="$1" \
+    --data.train_dataset="$out/ffcv/train_32_0.50_90.ffcv" --data.val_dataset="$out/ffcv/val_32_uncompressed.ffcv" \
+    2>"$out/runs/$1.txt" | sed -un "s/^epoch/$(printf %-5s "$1") epoch/p"
+  [ "${PIPESTATUS[0]}" = 0 ] || { cat "$out/runs/$1.txt" >&2; exit 255; }      # 255: xargs starts no other
 }
-train ff8 --model.fixed_feature=8
-train ff16 --model.fixed_feature=16
-train ff64 --model.fixed_feature=64
-train mrl --model.mrl=1
-train mrl_e --model.efficient=1
+export -f train
+export out OMP_NUM_THREADS=$(((cores + 1) / 2))
+xargs -P 2 -L 1 bash -c 'train "$@"' train <<END
+mrl --model.mrl=1
+mrl_e --model.efficient=1
+ff8 --model.fixed_feature=8
+ff16 --model.fixed_feature=16
+ff32 --model.fixed_feature=32
+ff64 --model.fixed_feature=64
+END
+export OMP_NUM_THREADS=$cores
 
 cd inference
 size=(--resize 37 --crop 32 --workers 2)
 images=(--data_root "$out/images" "${size[@]}")
 mrl=$out/runs/mrl/final_weights.pt
 step "accuracy of every representation size, and what each saved for the notebooks"
-python pytorch_inference.py --path "$out"/runs/{ff8,ff16,ff64,mrl,mrl_e}/final_weights.pt --dataset V1 \
+python pytorch_inference.py --path "$out"/runs/{ff8,ff16,ff32,ff64,mrl,mrl_e}/final_weights.pt --dataset V1 \
   "${images[@]}" --output "$out/figures"
 python pytorch_inference.py --path "$mrl" --dataset V1 "${images[@]}" --output "$out/outputs" \
   --save_softmax --save_predictions --save_gt
 step "robustness: brush, pixel, display and handwritten typefaces"
-python pytorch_inference.py --path "$out"/runs/{ff8,ff16,ff64,mrl,mrl_e}/final_weights.pt --dataset V1 \
+python pytorch_inference.py --path "$out"/runs/{ff8,ff16,ff32,ff64,mrl,mrl_e}/final_weights.pt --dataset V1 \
   --data_root "$out/images_odd" "${size[@]}" --output "$out/figures_odd"
 step "embeddings; adaptive and funnel retrieval"
 python pytorch_inference.py --path "$mrl" --retrieval --dataset 1K "${images[@]}" --retrieval_array_path "$out/arrays"
@@ -54,10 +64,11 @@ cd ..
 cp "$out"/retrieval/report/1K_mrl_{report.csv,cost.png} "$out"
 
 step "the notebooks: cascades, oracle, Grad-CAM"
-notebook() {   # name, settings. Kernels speak through files (ipc): they warn of TCP, which is not encrypted
+notebook() {   # name, settings. The kernel is spoken to through files in its folder (ipc): of TCP it warns
   papermill --log-level ERROR --prepare-only "model_analysis/$1.ipynb" "$out/outputs/$1.ipynb" "${@:2}"
-  PYTHONPATH=$PWD/model_analysis jupyter nbconvert --log-level ERROR --execute --ExecutePreprocessor.startup_timeout=300 \
-    --KernelManager.transport=ipc --to html "$out/outputs/$1.ipynb" --output-dir "$out"
+  (export PYTHONPATH=$PWD/model_analysis${PYTHONPATH:+:$PYTHONPATH}; cd "$out/outputs"
+   jupyter nbconvert --log-level ERROR --execute --ExecutePreprocessor.startup_timeout=300 --KernelManager.transport=ipc \
+     --to html "$1.ipynb" --output-dir "$out")
 }
 notebook Model_Cascades -p folder "$out/outputs" -p tta False
 notebook Oracle_Upper_Bound_Performance -p folder "$out/outputs" -p tta False -y "{datasets: [V1]}"

@@ -56,10 +56,11 @@ python pytorch_inference.py --path "$mrl" --dataset V1 "${images[@]}" --output "
 step "robustness: brush, pixel, display and handwritten typefaces"
 python pytorch_inference.py --path "$out"/runs/{ff8,ff16,ff32,ff64,mrl,mrl_e}/final_weights.pt --dataset V1 \
   --data_root "$out/images_odd" "${size[@]}" --output "$out/figures_odd"
-step "embeddings; adaptive and funnel retrieval"
+step "embeddings; exact, adaptive and funnel retrieval, from 8 numbers on"
 python pytorch_inference.py --path "$mrl" --retrieval --dataset 1K "${images[@]}" --retrieval_array_path "$out/arrays"
 cd ../retrieval
-python retrieve.py report --dataset 1K --model mrl --embeddings "$out/arrays" --output "$out/retrieval"
+python retrieve.py report --dataset 1K --model mrl --embeddings "$out/arrays" --output "$out/retrieval" \
+  --sizes 8 16 32 64 128 256 512 1024
 cd ..
 cp "$out"/retrieval/report/1K_mrl_{report.csv,cost.png} "$out"
 

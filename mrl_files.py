@@ -57,12 +57,12 @@ def locked(path, busy=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.with_name(f".{path.name}.lock")
     try:
-        file = take(name, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file = open_locked(name, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         if busy:
             raise InputError(busy) from None
         print(f"{path.name}: waiting for the process that makes it", file=sys.stderr)
-        file = take(name, fcntl.LOCK_EX)
+        file = open_locked(name, fcntl.LOCK_EX)
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):      # some network file systems
             raise
@@ -77,7 +77,7 @@ def locked(path, busy=None):
             file.close()
 
 
-def take(name, how):
+def open_locked(name, how):
     """-> the open file `name`, locked. Its last holder removed it, so one who waited for it holds what has no name any
     more and guards nothing: then again, with the file that is there now."""
     while True:
@@ -107,7 +107,7 @@ def read_json(path):
     return content
 
 
-def json_says(path, wanted):
+def json_contains(path, wanted):
     """Is there a JSON file that says everything in `wanted`?"""
     content = read_json(path)
     return content is not None and {key: content.get(key) for key in wanted} == json.loads(json.dumps(wanted))
@@ -126,8 +126,8 @@ def read_array(path, mode="r"):
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (ValueError, EOFError) as error:
-        why = foreign(path) if "magic" in str(error) else reason(error)
-        raise InputError(f"{path}: not a complete .npy file of numbers ({why or reason(error)})") from None
+        why = identify_file(path) if "magic" in str(error) else describe_error(error)
+        raise InputError(f"{path}: not a complete .npy file of numbers ({why or describe_error(error)})") from None
 
 
 def allocate(path, shape, dtype):
@@ -166,10 +166,10 @@ def read_labels(path, n):
     y = read_array(path)
     if y.shape not in ((n,), (n, 1)):
         raise InputError(f"{path}: {list(y.shape)} labels do not fit {n} embeddings; write both again")
-    return exact_labels(y, path).reshape(-1)
+    return check_labels(y, path).reshape(-1)
 
 
-def exact_labels(y, path):
+def check_labels(y, path):
     """-> the labels of a file as int64 of the same shape, if they are class numbers.
 
     float16 (the original's) holds every integer up to 2048 and only every second one above: 2049 was stored as 2048.
@@ -200,7 +200,7 @@ FOREIGN = {
 }
 
 
-def foreign(path):
+def identify_file(path):
     """-> what a file that could not be read is, by its first bytes, and what to do; None where they do not tell."""
     try:
         with open(path, "rb") as file:
@@ -210,11 +210,11 @@ def foreign(path):
     if not begin:
         return f"empty: {AGAIN}"
     if begin.startswith(b"PK\3\4"):
-        return foreign_zip(path)
+        return identify_zip(path)
     return next((what for pattern, what in FOREIGN.items() if re.match(pattern, begin)), None)
 
 
-def foreign_zip(path):
+def identify_zip(path):
     """The same of a zip archive, as PyTorch's checkpoints are."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -236,7 +236,7 @@ def file_path(text):
     return path
 
 
-def number(kind, least, most=math.inf):
+def bounded(kind, least, most=math.inf):
     """A type for argparse: an int or a float from `least` to `most`; NaN and infinity are neither."""
     def read(text):
         value = kind(text)
@@ -249,12 +249,12 @@ def number(kind, least, most=math.inf):
     return read
 
 
-def device_named(name, flag="--device"):
+def find_device(name, flag="--device"):
     """-> torch.device, if it can compute here (a GPU may be too old for the kernels in PyTorch's wheels)."""
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"{flag} {name}: {reason(error)}") from None
+        raise InputError(f"{flag} {name}: {describe_error(error)}") from None
     return torch.device(name)
 
 
@@ -275,7 +275,7 @@ def command_line(main):
     """Run a script's main. Bad input ends with one line and exit status 1, Ctrl-C with 130, SIGTERM with 143."""
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # so that temporary files are removed
     sys.stdout.reconfigure(errors="backslashreplace")      # as stderr does: names of files that it cannot show
-    complaint = what_stops(main)           # printed here, when the exception is gone and progress bars have ended
+    complaint = run_until_stopped(main)      # printed here, when the exception is gone and progress bars have ended
     if complaint == "interrupted":
         print(complaint, file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -283,7 +283,7 @@ def command_line(main):
         sys.exit("error: " + " ".join(complaint.split()))
 
 
-def what_stops(main):
+def run_until_stopped(main):
     """Run main -> None, or why it ended."""
     try:
         main()
@@ -295,7 +295,7 @@ def what_stops(main):
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "allocate" not in str(error):    # PyTorch's MemoryError
             raise
-        return f"not enough memory; smaller batches or images, or fewer classes, need less ({reason(error)})"
+        return f"not enough memory; smaller batches or images, or fewer classes, need less ({describe_error(error)})"
     except KeyboardInterrupt:
         return "interrupted"
 
@@ -310,6 +310,6 @@ def flush_output():
         raise InputError(f"standard output: {error.strerror}") from None
 
 
-def reason(error):
+def describe_error(error):
     """-> what an exception says, in one line."""
     return str(error).strip().split("\n")[0] or type(error).__name__

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from MRL import FixedFeatureLayer, MRL_Linear_Layer
-from mrl_files import InputError, file_path, foreign, read_json, reason
+from mrl_files import InputError, describe_error, file_path, identify_file, read_json
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # ImageNet's, of pixels in 0 ... 1
 
@@ -134,7 +134,7 @@ def check_image_size(model, pixels, flag):
         model.eval()(torch.empty(1, 3, pixels, pixels, device="meta"))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise InputError(f"--{flag}={pixels}: {model.spec['arch']} does not take images of this size: "
-                         f"{reason(error)}") from None
+                         f"{describe_error(error)}") from None
 
 
 def model_name(spec):
@@ -292,10 +292,10 @@ def read_state_dict(path):
 
 def why_unread(path, error):
     """-> why torch.load refused a file."""
-    if what := foreign(path):
+    if what := identify_file(path):
         return f"is {what}"
     if not isinstance(error, pickle.UnpicklingError) or "truncated" in str(error):
-        return f"not a PyTorch checkpoint, or truncated ({reason(error)})"
+        return f"not a PyTorch checkpoint, or truncated ({describe_error(error)})"
     named = re.search(r"GLOBAL ([\w.]+)", str(error))
     return (f"holds more than tensors{f' ({named[1]})' if named else ''}: pickled code or modules are refused; "
             "save model.state_dict() instead")

@@ -1,4 +1,4 @@
-r"""Images/s of inference/evaluate.py against a plain loop `for x, y in loader: model(x)` of the same model and loader.
+r"""Images/s of `evaluate` in inference/ against a plain loop `for x, y in loader: model(x)`, of one model and loader.
 
     PYTHONPATH=inference python benchmarks/eval_speed.py                   ResNet18, 112 px, on the CPU
     PYTHONPATH=inference python benchmarks/eval_speed.py \

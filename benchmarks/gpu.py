@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from measure import machine, make_images, seconds, spread
 
-from mrl_files import command_line, device_named, file_path, write_json
+from mrl_files import command_line, file_path, find_device, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 WRONG = "FAILED", "STOPPED", "NOT RUN"      # how the figure of a part begins that has none
@@ -141,7 +141,7 @@ def dump(sizes):
     args, device, precision = SimpleNamespace(**sizes.epoch), torch.device(sizes.device), "fp16"
     if device.type == "cpu":
         precision = "fp32"
-    model = embeddings.embedder(build_model(args.arch, "mrl", num_classes=10).eval()).to(device)
+    model = embeddings.remove_head(build_model(args.arch, "mrl", num_classes=10).eval()).to(device)
     about = embeddings.describe_dump({"nesting_list": [sizes.width]}, precision)
     with tempfile.TemporaryDirectory() as folder:
         make_images(folder, args.count, args.pixels)
@@ -175,7 +175,7 @@ def search(sizes):
 
 
 def engine(device):
-    """-> what searches there (neighbors.products chooses)."""
+    """-> what searches there (neighbors.multiply chooses)."""
     import neighbors
     if device == "cpu":
         return "FAISS"
@@ -242,7 +242,7 @@ def main():
     args = arguments()
     if args.part:
         return PARTS[args.part][1](sizes_of(args))
-    device_named(args.device)
+    find_device(args.device)
     card, rows = machine(args.device), []
     print(f"{card}\n")
     print_row("what", "median (min–max)", "ratio", "aim")

@@ -16,11 +16,12 @@ import numpy as np
 import pandas as pd
 from faiss_kernels import faiss, openblas_kernels
 from measure import machine, spread, take_turns
-from metrics import KS, retrieval_metrics
+from metrics import KS, compute_metrics
 from neighbors import searcher, unit
 from rerank import funnel, rerank
 from serving import adaptive_index, adaptive_search
-from stages import Task, mapped, reranked
+from stages import ensure_reranked
+from study import Study, Task
 
 from mrl_files import file_path, read_embeddings, read_labels
 
@@ -147,10 +148,10 @@ def measure(folder, rounds):
     print(f"\n{'median milliseconds':<52}{'plain':>10} {'ours':>10} {'ratio (min–max)':>24}   target")
     measure_reranking(xb, xq, I, rounds)
     best = rerank(xb, xq, I, D, SHORTLIST)
-    theirs, ours = plain_metrics(yb, yq, best, KS), retrieval_metrics(yb, yq, best, KS)
+    theirs, ours = plain_metrics(yb, yq, best, KS), compute_metrics(yb, yq, best, KS)
     assert all(abs(theirs[k][m] - ours[k][m]) < 1e-9 for k in KS for m in theirs[k])
     compare("metrics at k = 10, 25, 50, 100", 40, lambda: plain_metrics(yb, yq, best, KS),
-            lambda: retrieval_metrics(yb, yq, best, KS), rounds)
+            lambda: compute_metrics(yb, yq, best, KS), rounds)
     measure_end_to_end(folder, rounds)
     measure_adaptive(xb, xq, yb, yq, rounds)
 
@@ -175,8 +176,8 @@ def measure_end_to_end(folder, rounds):
             return plain_end_to_end(folder, Path(tempfile.mkdtemp(dir=scratch)) / "out")
 
         def ours():
-            mapped.cache_clear()                   # each round opens its files, as a command does
-            return np.load(reranked(Task(str(folder), tempfile.mkdtemp(dir=scratch)), SMALL, [D], [SHORTLIST]))
+            study = Study(Task(str(folder), tempfile.mkdtemp(dir=scratch)))
+            return np.load(ensure_reranked(study, SMALL, [D], [SHORTLIST]))
         check("end to end", theirs(), ours())
         compare("shortlist at 16 + re-rank at 2048, files to files", 10, theirs, ours, rounds)
 

@@ -41,14 +41,14 @@ def plot(ordinary, odd):
     for name, column in ordinary.items():
         ring = {"markersize": 10, "fillstyle": "none", "zorder": 3} if name == "FF" else {}      # the others lie inside
         axes.plot(column.dropna() * 100, STYLES[name], label=name, **ring)
-    axes.plot(odd["MRL"] * 100, "C0o:", fillstyle="none", label="MRL, brush and\ndisplay typefaces")
+    axes.plot(odd["MRL"] * 100, "C0o:", fillstyle="none", label="MRL, brush, pixel and display typefaces")
     axes.set_xscale("log", base=2)
     axes.set_xticks(ordinary.index)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set(xlabel="representation size", ylabel="accuracy (%)", ylim=(0, 100),
              title="300 characters in typefaces never seen in training")
     axes.grid(alpha=0.3)
-    axes.legend(loc="center right", fontsize=9)
+    axes.legend(loc="lower right", fontsize=9)
     return figure
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mrl_files import InputError, command_line, file_path, number, replacing
+from mrl_files import InputError, bounded, command_line, file_path, replacing
 
 HERE = Path(__file__).resolve().parent
 COUNTS = {"train": 1000, "val": 50}
@@ -180,7 +180,7 @@ def arguments():
     parser.add_argument("--classes", type=file_path, default=HERE / "IDtoClass.txt",
                         help="list of classes (default: the 4,202)")
     for split, count in COUNTS.items():
-        parser.add_argument(f"--{split}", type=number(int, 1), default=count, help=f"{split} images a class ({count})")
+        parser.add_argument(f"--{split}", type=bounded(int, 1), default=count, help=f"{split} images a class ({count})")
     return parser.parse_args()
 
 

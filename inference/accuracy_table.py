@@ -13,7 +13,7 @@ from mrl_files import replacing, write_json
 KINDS = {"mrl": "MRL", "mrl_e": "MRL-E"}                # all fixed-feature models are one line, as in the paper
 
 
-def tidy(runs):
+def tabulate(runs):
     """-> a data frame with one row per (model, size): model, size, top1, top5, loss, path, checkpoint."""
     rows, taken = [], set()
     for run in runs:
@@ -28,7 +28,7 @@ def tidy(runs):
 
 def show(runs):
     """Print top-1 per size and model in per cent; for a single checkpoint also top-5 and loss."""
-    table = tidy(runs)
+    table = tabulate(runs)
     percent = table.assign(top1=100 * table.top1, top5=100 * table.top5)
     if len(runs) == 1:
         shown = percent.set_index("size")[["top1", "top5", "loss"]].set_axis(["top-1 %", "top-5 %", "loss"], axis=1)
@@ -42,14 +42,14 @@ def show(runs):
 
 def save(runs, stem, about):
     """The two files, and <stem>.json, which says what they were made from."""
-    table, (text, picture) = tidy(runs), files(stem)
+    table, (text, picture) = tabulate(runs), list_files(stem)
     with replacing(text) as new_text, replacing(picture) as new_picture:
         table.to_csv(new_text, index=False)
         plot(table, f"{runs[0]['dataset']}, top-1 accuracy").savefig(new_picture, dpi=150)
         write_json(f"{stem}.json", about)
 
 
-def files(stem):
+def list_files(stem):
     return Path(f"{stem}.csv"), Path(f"{stem}.png")
 
 

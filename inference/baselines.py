@@ -1,6 +1,5 @@
 """What MRL is compared with, from dumped embeddings: a table per size, and the same as JSON.
 
-    python baselines.py knn --model mrl1_e0_ff2048            1-nearest-neighbour accuracy                     Table 2
     python baselines.py lp  --model mrl0_e0_ff2048            a linear classifier refitted on the first d
                                                               features of an FF model ("Rand. LP")             Table 1
     python baselines.py svd --model mrl0_e0_ff2048 --path <final_weights.pt>
@@ -8,6 +7,7 @@
     python baselines.py ncm --model mrl1_e0_ff2048 --dataset V2
                                                               few-shot nearest class mean                      Table 15
 
+1-nearest-neighbour accuracy (Table 2) is the column `top1` of retrieval's exact search: `retrieve.py report`.
 Reads the arrays of `pytorch_inference.py --retrieval` in --arrays (database: train, queries: val). Writes
 `{command}_dataset={dataset}_model={model}.json`: sizes, top1 (fractions), settings.
 """
@@ -17,13 +17,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import which_model
-from nearest import nearest, on_device
 from saved_files import fingerprint, read_arrays
 from tqdm import tqdm
+from which_model import load_checkpoint, open_checkpoint
 
 from MRL import FixedFeatureLayer, Matryoshka_CE_Loss, MRL_Linear_Layer
-from mrl_files import InputError, command_line, device_named, file_path, number, write_json
+from mrl_files import InputError, bounded, command_line, file_path, find_device, write_json
 from mrl_models import check_nesting_list, classifier, default_nesting_list
 
 ROWS = 4096                                # evaluated at a time
@@ -47,28 +46,39 @@ def linear_probe(X, y, sizes, epochs=10, lr=1e-3, batch_size=1024, device="cpu")
         for rows in tqdm(batches, desc=f"epoch {epoch + 1}/{epochs}", unit="batch", leave=False):
             rows.sort()                                                   # kinder to a memory-mapped file
             optimizer.zero_grad()
-            loss(head(on_device(X[rows], device)), torch.tensor(y[rows], device=device)).backward()
+            loss(head(read_rows(X, rows, device)), torch.tensor(y[rows], device=device)).backward()
             optimizer.step()
             schedule.step()
     return head
 
 
 @torch.inference_mode()
-def top1(logits_of, X, y, device="cpu"):
+def measure_top1(logits_of, X, y, device="cpu"):
     """logits_of: features [n, D] -> G tensors [n, C]. -> [G] fractions of rows whose largest logit is the label's."""
     hits = sum(torch.stack([(logits.argmax(1).cpu() == torch.from_numpy(y[start:start + ROWS])).sum()
-                            for logits in logits_of(on_device(X[start:start + ROWS], device))])
+                            for logits in logits_of(read_rows(X, slice(start, start + ROWS), device))])
                for start in tqdm(range(0, len(X), ROWS), desc="top-1", unit="block", leave=False))
     return (hits / len(X)).tolist()
 
 
-def truncated(weight, bias, ranks):
+def read_rows(X, rows, device="cpu"):
+    """Rows of embeddings -> float32 tensor; InputError, which names the file, where they are NaN or infinite."""
+    chosen = X[rows]
+    x = torch.empty(chosen.shape)    # not NumPy's memory: PyTorch 2.6 may free that after Python's end, and then hangs
+    x.numpy()[...] = chosen
+    if not x.isfinite().all():
+        raise InputError(f"{getattr(X, 'filename', None) or 'the embeddings'}: holds NaN or infinite numbers; "
+                         "write it again with pytorch_inference.py --retrieval --precision fp32")
+    return x.to(device)
+
+
+def truncate_classifier(weight, bias, ranks):
     """-> features [n, D] -> logits [n, C] of the best rank-d approximation of `weight` [C, D], for each rank d."""
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
     return lambda x: [x @ Vh[:d].T @ (U[:, :d] * S[:d]).T + bias for d in ranks]
 
 
-def class_mean(X, y, sizes, shots, seed=0):
+def measure_class_means(X, y, sizes, shots, seed=0):
     """Few-shot accuracy: `shots` rows of each class give its mean of unit-normalised prefixes, the others are tested.
 
     -> [G]: fraction of the others whose nearest mean (L2) is their class's.
@@ -83,7 +93,7 @@ def class_mean(X, y, sizes, shots, seed=0):
     test = np.setdiff1d(order, support)
     hits = []
     for size in sizes:
-        x = torch.nn.functional.normalize(on_device(X[:, :size], "cpu"))
+        x = torch.nn.functional.normalize(read_rows(X, np.s_[:, :size]))
         means = x[support].mean(1)                                        # [C, size]
         hits.append(labels[torch.cdist(x[test], means).argmin(1).numpy()] == y[test])
     return np.mean(hits, axis=1).tolist()
@@ -91,18 +101,12 @@ def class_mean(X, y, sizes, shots, seed=0):
 
 # ------------------------------------------------------------------------------------------------ commands
 
-def knn(args):
-    (xb, yb), (xq, yq), about = both_arrays(args)
-    sizes = sizes_of(args, about, xb.shape[1])
-    found = nearest(xb, xq, sizes, args.device)
-    return about, {"sizes": sizes, "top1": (yb[found] == yq).mean(axis=1).tolist()}
-
-
 def lp(args):
-    (X, y), (xq, yq), about = both_arrays(args)
-    sizes = sizes_of(args, about, X.shape[1])
+    (X, y), (xq, yq), about = read_both_splits(args)
+    sizes = choose_sizes(args, about, X.shape[1])
     head = linear_probe(X, y, sizes, args.epochs, args.lr, device=args.device)
-    return about, {"sizes": sizes, "top1": top1(head, xq, yq, args.device), "epochs": args.epochs, "lr": args.lr}
+    return about, {"sizes": sizes, "top1": measure_top1(head, xq, yq, args.device),
+                   "epochs": args.epochs, "lr": args.lr}
 
 
 def svd(args):
@@ -111,25 +115,26 @@ def svd(args):
     X, y, about = read_arrays(args.arrays, args.dataset, "val", args.model)
     if about.get("checkpoint") not in (None, fingerprint(args.path)):
         raise InputError(f"--path {args.path}: the arrays {args.model} in {args.arrays} come from another checkpoint")
-    head = classifier(which_model.load(args.path, args.arch))[1]
+    head = classifier(load_checkpoint(args.path, open_checkpoint(args.path, args.arch).spec))[1]
     if not isinstance(head, FixedFeatureLayer) or head.in_features != X.shape[1]:
         raise InputError(f"--path {args.path}: svd is for a fixed-feature model of {X.shape[1]} features")
-    sizes = sizes_of(args, about, X.shape[1])
-    logits = truncated(*(value.detach().to(args.device) for value in (head.weight, head.bias)), sizes)
-    return about, {"sizes": sizes, "top1": top1(logits, X, y, args.device)}
+    sizes = choose_sizes(args, about, X.shape[1])
+    logits = truncate_classifier(*(value.detach().to(args.device) for value in (head.weight, head.bias)), sizes)
+    return about, {"sizes": sizes, "top1": measure_top1(logits, X, y, args.device)}
 
 
 def ncm(args):
     X, y, about = read_arrays(args.arrays, args.dataset, "val", args.model)
-    sizes = sizes_of(args, about, X.shape[1])
-    trials = {shots: [class_mean(X, y, sizes, shots, seed) for seed in range(args.trials)] for shots in args.shots}
+    sizes = choose_sizes(args, about, X.shape[1])
+    trials = {shots: [measure_class_means(X, y, sizes, shots, seed) for seed in range(args.trials)]
+              for shots in args.shots}
     return about, {"sizes": sizes, "shots": args.shots, "trials": args.trials,
                    "top1": [np.mean(trials[shots], axis=0).tolist() for shots in args.shots],
                    "std": [np.std(trials[shots], axis=0).tolist() for shots in args.shots]}
 
 
-def both_arrays(args):
-    """-> database (X, y), queries (X, y), what the companions say. V2 has queries only and searches 1K's database."""
+def read_both_splits(args):
+    """-> database (X, y), queries (X, y), what the companions say. V2 has queries only; its database is 1K's."""
     xb, yb, about = read_arrays(args.arrays, "1K" if args.dataset == "V2" else args.dataset, "train", args.model)
     xq, yq, about_queries = read_arrays(args.arrays, args.dataset, "val", args.model)
     if about.get("checkpoint") != about_queries.get("checkpoint") or xb.shape[1] != xq.shape[1]:
@@ -137,7 +142,7 @@ def both_arrays(args):
     return (xb, yb), (xq, yq), about
 
 
-def sizes_of(args, about, width):
+def choose_sizes(args, about, width):
     """--sizes; else those of a nested model; else (one size, or unknown) powers of two from 8 up to the width."""
     own = about.get("nesting_list", [])
     powers = default_nesting_list(width, start=min(3, width.bit_length() - 1))
@@ -147,9 +152,12 @@ def sizes_of(args, about, width):
     return sizes
 
 
-def arguments():
+COMMANDS = {"lp": lp, "svd": svd, "ncm": ncm}
+
+
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["knn", "lp", "svd", "ncm"])
+    parser.add_argument("command", choices=list(COMMANDS))
     parser.add_argument("--arrays", type=file_path, default=".", help="folder of the arrays")
     parser.add_argument("--model", default="mrl1_e0_ff2048", help="the model's name in the arrays' names")
     parser.add_argument("--dataset", default="1K", choices=["1K", "V2", "4K"])
@@ -158,10 +166,10 @@ def arguments():
     parser.add_argument("--output", type=file_path, help="folder for the figures (default: that of the arrays)")
     parser.add_argument("--path", type=file_path, help="svd: the fixed-feature checkpoint")
     parser.add_argument("--arch", help="svd: its architecture, where no params.json lies beside it (default resnet50)")
-    parser.add_argument("--epochs", type=number(int, 1), default=10, help="lp")
-    parser.add_argument("--lr", type=number(float, 0), default=1e-3, help="lp")
-    parser.add_argument("--shots", type=number(int, 1), nargs="+", default=[1, 3, 5, 7, 9], help="ncm")
-    parser.add_argument("--trials", type=number(int, 1), default=5, help="ncm: random choices of the shots")
+    parser.add_argument("--epochs", type=bounded(int, 1), default=10, help="lp")
+    parser.add_argument("--lr", type=bounded(float, 0), default=1e-3, help="lp")
+    parser.add_argument("--shots", type=bounded(int, 1), nargs="+", default=[1, 3, 5, 7, 9], help="ncm")
+    parser.add_argument("--trials", type=bounded(int, 1), default=5, help="ncm: random choices of the shots")
     return parser.parse_args()
 
 
@@ -174,10 +182,10 @@ def show(result):
 
 
 def main():
-    args = arguments()
-    device_named(args.device)
-    torch.set_float32_matmul_precision("highest")      # 1-NN is exact: a container may have allowed TF32
-    about, figures = {"knn": knn, "lp": lp, "svd": svd, "ncm": ncm}[args.command](args)
+    args = parse_arguments()
+    find_device(args.device)
+    torch.set_float32_matmul_precision("highest")      # a container may have allowed TF32
+    about, figures = COMMANDS[args.command](args)
     result = {"command": args.command, "model": args.model, "dataset": args.dataset,
               "checkpoint": about.get("checkpoint"), **figures}
     folder = Path(args.output or args.arrays)

@@ -5,15 +5,24 @@ One path for all heads: logits are [G, N, C], and a fixed-feature model is the c
 import time
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import accuracy_table
 import eval_sets
 import torch
-from image_set import make_loader, readable_rows
-from plans import Plan, describe_origin, is_nested, model_of, open_images, plan_all, show_skipped
+from image_set import ImageSet, Preparation, find_readable_rows, make_loader, show_skipped
 from processes import warn
-from saved_files import accuracy_path, check_free, outputs_path, save_tensor, table_stem
+from saved_files import (
+    accuracy_path,
+    check_distinct,
+    check_free,
+    describe_origin,
+    outputs_path,
+    save_tensor,
+    table_stem,
+)
 from tqdm import tqdm
+from which_model import check_checkpoints, is_fixed_feature, load_checkpoint
 
 from mrl_files import InputError, write_json
 from mrl_models import autocast, classify_in_float32, count, model_name, stack_logits
@@ -21,15 +30,26 @@ from mrl_models import autocast, classify_in_float32, count, model_name, stack_l
 SAVED = ("logits", "softmax", "gt", "predictions")
 
 
+class Evaluation(NamedTuple):
+    """One checkpoint and the images it is evaluated on, checked before the first image is read."""
+    path: str
+    spec: dict           # model.spec
+    images: ImageSet
+    about: dict          # what files say of their origin
+    files: dict          # {what --save_* asks for: (path, the content of its JSON)}
+
+
 def classify(args, device):
     """Evaluate and write; several checkpoints also give one table."""
-    name, row = eval_sets.lookup(eval_sets.CLASSIFICATION, args.dataset or "V1")
-    images_for = cache(lambda num_classes: open_images(row, num_classes, args))
-    plans = plan_all(args, lambda path, spec: [
-        plan_evaluation(path, spec, name, images_for(spec["num_classes"]), args)])
+    name, row = eval_sets.find_row(eval_sets.CLASSIFICATION, args.dataset or "V1")
+    preparation = Preparation(args.resize, args.crop)
+    images_for = cache(lambda num_classes: eval_sets.open_set(row, num_classes, preparation, args.data_root))
+    plans = [plan_evaluation(path, spec, name, images_for(spec["num_classes"]), args)
+             for path, spec in check_checkpoints(args).items()]
+    check_distinct((file for plan in plans for file in plan.files.values()), "--output")
     stem = table_stem(args.output, name, args.tta)
     if len(plans) > 1:
-        check_free(Path(f"{stem}.json"), about_table(plans), args.overwrite, *accuracy_table.files(stem))
+        check_free(Path(f"{stem}.json"), about_table(plans), args.overwrite, *accuracy_table.list_files(stem))
     runs = [classify_one(plan, args, device) for plan in plans]
     accuracy_table.show(runs)
     if len(plans) > 1:
@@ -38,7 +58,7 @@ def classify(args, device):
 
 
 def plan_evaluation(path, spec, name, images, args):
-    if is_nested(spec) and args.rep_size not in (None, spec["nesting_list"][-1]):
+    if not is_fixed_feature(spec["head"]) and args.rep_size not in (None, spec["nesting_list"][-1]):
         warn(f"--rep_size {args.rep_size} does nothing here: {path} is evaluated at all its sizes")
     about = {**describe_origin(path, spec, name, images, args), "num_classes": len(images.classes), "tta": args.tta,
              "precision": args.precision or "fp32"}
@@ -47,7 +67,7 @@ def plan_evaluation(path, spec, name, images, args):
     for file, says in files.values():
         check_free(file.with_suffix(".json"), says, args.overwrite, file)
     check_free(accuracy_path(args.output, spec, name, args.tta, about["checkpoint"]), about, args.overwrite)
-    return Plan(path, spec, images, about, files)
+    return Evaluation(path, spec, images, about, files)
 
 
 def classify_one(plan, args, device):
@@ -57,7 +77,7 @@ def classify_one(plan, args, device):
     sizes, classes = len(about["nesting_list"]), len(images.classes)
     keep = Outputs(sizes, len(images), classes, list(plan.files)) if plan.files else None
     loader = make_loader(images, args.batch_size, args.workers, device.type == "cuda")
-    model = model_of(plan, args)
+    model = load_checkpoint(plan.path, plan.spec, args.old_ckpt)
     classify_in_float32(model)
     result = evaluate(model, images, loader, device, tta=args.tta, precision=about["precision"],
                       skip_bad_images=args.skip_bad_images, keep=keep)
@@ -100,14 +120,14 @@ def compute_logits(model, x, tta=False):
 def evaluate(model, images, loader, device, *, tta=False, precision="fp32", skip_bad_images=False, keep=None):
     """Run the images through the model, counting on the device.
 
-    keep: called with (start, logits [G, n, C], y [n]) for each batch of readable images; see `Outputs`.
+    keep: called with (logits [G, n, C], y [n]) of each batch of readable images; see `Outputs`.
     -> {"n", "top1" [G], "top5" [G], "loss" [G], "skipped", "seconds"}; accuracies are fractions.
     """
     model.to(device)
     subset = None if images.subset is None else torch.tensor(images.subset, device=device)
     sums, n, seen, bad, start_time = 0, 0, 0, [], time.perf_counter()
     for x, y in tqdm(loader, desc="evaluate", unit="batch", dynamic_ncols=True):
-        readable = readable_rows(images, y, seen, bad, skip_bad_images)
+        readable = find_readable_rows(images, y, seen, bad, skip_bad_images)
         seen += len(y)
         with autocast(device, precision):
             logits = compute_logits(model, x.to(device, non_blocking=True), tta)
@@ -118,7 +138,7 @@ def evaluate(model, images, loader, device, *, tta=False, precision="fp32", skip
             logits, y = logits[:, readable], y[readable]
         sums = sums + count(logits / 2 if tta else logits, y)      # the loss of the mean, as in training's log
         if keep is not None:
-            keep(n, logits, y)
+            keep(logits, y)
         n += len(y)
     return summarise(sums, n, bad, time.perf_counter() - start_time)
 
@@ -135,7 +155,8 @@ def summarise(sums, n, bad, seconds):
 class Outputs:
     """Collects what `wanted` names (gt, predictions, logits, softmax) on the CPU while `evaluate` runs.
 
-    Logits [G, N, C] are held once (1.8 GB for ImageNet); their softmax takes their place.
+    n: images so far. gt [N], predictions [G, N], int64. logits [G, N, C] float32, or None where neither they nor their
+    softmax is wanted; they are held once (1.8 GB for ImageNet), their softmax takes their place.
     """
 
     def __init__(self, sizes, n, classes, wanted):
@@ -144,9 +165,9 @@ class Outputs:
         self.predictions = torch.empty(sizes, n, dtype=torch.int64)
         self.logits = torch.empty(sizes, n, classes) if {"logits", "softmax"} & set(wanted) else None
 
-    def __call__(self, start, logits, y):
-        self.n = start + len(y)
-        rows = slice(start, self.n)
+    def __call__(self, logits, y):
+        rows = slice(self.n, self.n + len(y))
+        self.n = rows.stop
         self.gt[rows], self.predictions[:, rows] = y.cpu(), logits.argmax(-1).cpu()
         if self.logits is not None:
             self.logits[:, rows] = logits.cpu()
@@ -157,10 +178,7 @@ class Outputs:
             yield "gt", self.gt[:self.n].clone()
         if "predictions" in self.wanted:
             yield "predictions", self.predictions[:, :self.n].clone()
-        if self.logits is not None:
-            yield from self.probabilities(self.logits[:, :self.n].contiguous())     # a copy only if images were skipped
-
-    def probabilities(self, logits):
+        logits = None if self.logits is None else self.logits[:, :self.n].contiguous()    # a copy if any was skipped
         if "logits" in self.wanted:
             yield "logits", logits
         if "softmax" in self.wanted:

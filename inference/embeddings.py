@@ -6,22 +6,23 @@ is there. So a killed run goes on where it stopped, any number of processes can 
 same either way. The JSON with "complete": true is written last. A lock keeps a second command out meanwhile.
 """
 import os
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import cache
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import eval_sets
 import numpy as np
 import torch
-from image_set import make_loader, readable_rows, shorten
-from plans import Plan, describe_origin, is_nested, model_of, open_images, plan_all, show_skipped
-from processes import barrier, by_first, rank, together, world
-from saved_files import arrays_stem, check_free
+from image_set import ImageSet, Preparation, find_readable_rows, make_loader, shorten, show_skipped
+from processes import barrier, rank, run_by_first, run_together, world
+from saved_files import arrays_stem, check_distinct, check_free, describe_origin
 from tqdm import tqdm
+from which_model import check_checkpoints, is_fixed_feature, load_checkpoint
 
-from mrl_files import InputError, allocate, json_says, locked, read_array, read_json, replacing, write_json
+from mrl_files import InputError, allocate, json_contains, locked, read_array, read_json, replacing, write_json
 from mrl_images import check_same_classes, printable
 from mrl_models import autocast, classifier
 
@@ -30,20 +31,38 @@ TODO, DONE, UNREADABLE = 0, 1, 2            # what the byte of an image says
 BLOCK = 4096                                # rows copied at a time when rows of unreadable images are left out
 
 
+class Dump(NamedTuple):
+    """One split of one checkpoint, checked before the first image is read."""
+    path: str            # of the checkpoint
+    spec: dict           # model.spec
+    images: ImageSet
+    stem: Path           # the beginning of its files' names
+    about: dict          # what their JSON says of their origin
+
+
 def embed(args, device):
     """Write the arrays of each checkpoint; under torchrun the processes share the images."""
-    name, splits = eval_sets.lookup(eval_sets.RETRIEVAL, args.dataset or "1K")
-    images_for = cache(lambda num_classes: open_splits(splits, num_classes, args))
-    plans = together(plan_all, args, lambda path, spec: [
-        plan_dump(path, spec, name, split, images, device, args)
-        for split, images in images_for(spec["num_classes"]).items()])
+    plans = run_together(plan_dumps, args, device)
     for _, of_one_checkpoint in groupby(plans, attrgetter("path")):
         embed_one(list(of_one_checkpoint), args, device)
 
 
+def plan_dumps(args, device):
+    """-> a Dump for each split of each checkpoint."""
+    name, splits = eval_sets.find_row(eval_sets.RETRIEVAL, args.dataset or "1K")
+    images_for = cache(lambda num_classes: open_splits(splits, num_classes, args))
+    plans = [plan_dump(path, spec, name, split, images, device, args)
+             for path, spec in check_checkpoints(args).items()
+             for split, images in images_for(spec["num_classes"]).items()]
+    check_distinct(((plan.stem, plan.about) for plan in plans), "--retrieval_array_path")
+    return plans
+
+
 def open_splits(splits, num_classes, args):
     """-> {split: ImageSet}."""
-    opened = {split: open_images(row, num_classes, args) for split, row in splits.items()}
+    preparation = Preparation(args.resize, args.crop)
+    opened = {split: eval_sets.open_set(row, num_classes, preparation, args.data_root, any_classes=True)
+              for split, row in splits.items()}
     if "train" in opened:
         train, val = opened["train"], opened["val"]
         check_same_classes(train.folder, train.found, val.folder, val.found)
@@ -55,12 +74,12 @@ def open_splits(splits, num_classes, args):
 
 def plan_dump(path, spec, name, split, images, device, args):
     precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
-    kept = cut_spec(spec, args.rep_size) if is_nested(spec) and args.rep_size else spec
+    kept = cut_spec(spec, args.rep_size) if args.rep_size and not is_fixed_feature(spec["head"]) else spec
     about = describe_dump({**describe_origin(path, kept, name, images, args), "split": split}, precision,
                            args.storage or "fp32")
     stem = arrays_stem(args.retrieval_array_path or ".", name, split, kept)
     check_dump(Files(stem), about, args.skip_bad_images, args.overwrite)
-    return Plan(path, spec, images, about, {"arrays": (stem, about)})
+    return Dump(path, spec, images, stem, about)
 
 
 def cut_spec(spec, size):
@@ -70,13 +89,13 @@ def cut_spec(spec, size):
 
 def embed_one(plans, args, device):
     """The splits of one checkpoint."""
-    network = embedder(model_of(plans[0], args)).to(device)
+    path, spec, *_ = plans[0]
+    network = remove_head(load_checkpoint(path, spec, args.old_ckpt)).to(device)
     for plan in plans:
-        stem, about = plan.files["arrays"]
-        written = dump(network, plan.images, stem, about, device, batch_size=args.batch_size,
-                                workers=args.workers, skip_bad_images=args.skip_bad_images, overwrite=args.overwrite)
+        written = dump(network, plan.images, plan.stem, plan.about, device, batch_size=args.batch_size,
+                       workers=args.workers, skip_bad_images=args.skip_bad_images, overwrite=args.overwrite)
         if rank() == 0:
-            print(f"{stem}-X.npy: {written['n']} x {written['dim']} {written['dtype']}, "
+            print(f"{plan.stem}-X.npy: {written['n']} x {written['dim']} {written['dtype']}, "
                   f"{len(written['skipped'])} skipped")
             show_skipped(written["skipped"])
 
@@ -92,7 +111,7 @@ class Files:
                                             ("-X.partial.npy", "-state.partial.npy", "-X.partial.json"))
 
 
-def embedder(model):
+def remove_head(model):
     """-> the model without its head: images -> what the head reads, [N, feature_dim]. The model is changed."""
     model.set_submodule(classifier(model)[0], torch.nn.Identity())
     return model
@@ -101,17 +120,18 @@ def embedder(model):
 def dump(model, images, stem, about, device, *, batch_size, workers, skip_bad_images=False, overwrite=False):
     """Write the embeddings of `images`, cut to the largest size that `about` names, under `stem`.
 
-    model: an `embedder`, on the device. about: what the JSON says of their origin and kind, by `noted`; files that say
-    otherwise are not overwritten. Under torchrun the processes share the batches (and need one disk).
+    model: without its head, on the device. about: what the JSON says of their origin and kind, by `describe_dump`;
+    files that say otherwise are not overwritten. Under torchrun the processes share the batches (and need one disk).
     -> the JSON's content.
     """
     files = Files(stem)
-    with only_writer(files):
-        by_first(begin, files, about, len(images), skip_bad_images, overwrite)
+    with ExitStack() as stack:      # the first process holds the lock for all of its command; a second one is refused
+        run_by_first(stack.enter_context, locked(files.X, f"{files.X}: another process writes it; wait for its end"))
+        run_by_first(begin, files, about, len(images), skip_bad_images, overwrite)
         if files.plan.exists():
             fill(model, images, files, device, batch_size, workers, about["precision"], skip_bad_images)
             barrier()
-            by_first(finish, files, about, images)
+            run_by_first(finish, files, about, images)
     return read_json(files.about)
 
 
@@ -136,10 +156,11 @@ def begin(files, about, n, skip_bad_images, overwrite):
     check_dump(files, about, skip_bad_images, overwrite)
     if files.plan.exists() and not files.rows.exists() and files.X.exists():      # stopped in `finish`: undo the rename
         os.replace(files.X, files.rows)
-    if files.rows.exists() and json_says(files.plan, about):
-        try_again(files.state)
+    if files.rows.exists() and json_contains(files.plan, about):
+        retry_unreadable(files.state)
         print(f"{files.X}: going on where it stopped")
-    elif files.X.exists() and json_says(files.about, about) and not (overwrite and read_json(files.about)["skipped"]):
+    elif (files.X.exists() and json_contains(files.about, about)
+          and not (overwrite and read_json(files.about)["skipped"])):
         print(f"{files.X}: complete already")
         remove_partial(files)
     else:
@@ -150,7 +171,7 @@ def begin(files, about, n, skip_bad_images, overwrite):
         files.about.unlink(missing_ok=True)            # what it describes is kept until there is room for the new
 
 
-def try_again(path):
+def retry_unreadable(path):
     """Images that a stopped run could not read may have been repaired since."""
     state = read_array(path, "r+")
     state[state == UNREADABLE] = TODO
@@ -166,7 +187,7 @@ def fill(model, images, files, device, batch_size, workers, precision, skip_bad_
     loader = make_loader(images, batch_size, workers, device.type == "cuda", todo)
     for batch, (x, y) in zip(todo, tqdm(loader, desc=files.X.name, unit="batch", disable=rank() > 0), strict=True):
         rows = slice(batch * batch_size, batch * batch_size + len(y))
-        readable_rows(images, y, rows.start, [], skip_bad_images)
+        find_readable_rows(images, y, rows.start, [], skip_bad_images)
         with autocast(device, precision):
             embeddings = model(x.to(device, non_blocking=True))
         X[rows] = embeddings[:, :X.shape[1]].to(getattr(torch, X.dtype.name)).cpu().numpy()
@@ -206,11 +227,3 @@ def copy_rows(source, target, kept):
         out = allocate(temporary, (len(kept), X.shape[1]), X.dtype)
         for start in range(0, len(kept), BLOCK):
             out[start:start + BLOCK] = X[kept[start:start + BLOCK]]
-
-
-@contextmanager
-def only_writer(files):
-    """The first process holds the dump's lock for all of its command; a second command is refused."""
-    with ExitStack() as stack:
-        by_first(stack.enter_context, locked(files.X, f"{files.X}: another process writes it; wait for its end"))
-        yield

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from image_set import ImageSet, shorten
+from processes import rank
 
 from mrl_files import InputError, file_path
 from mrl_images import class_folders, label_order
@@ -58,7 +59,7 @@ RETRIEVAL = {
 }
 
 
-def lookup(table, name):
+def find_row(table, name):
     """-> (the set's name as the table spells it, its row). Upper and lower case are the same."""
     spelled = {key.lower(): key for key in table}
     if name.lower() not in spelled:
@@ -72,25 +73,29 @@ def open_set(row, num_classes, transform, data_root=None, any_classes=False):
     """The images of a row, after its folders have been checked.
 
     num_classes: those of the checkpoint. any_classes: for embeddings, where the checkpoint's classes do not matter.
-    -> ImageSet. Raises InputError for a set that is missing, incomplete or has other classes.
+    -> ImageSet; a line says so where images are fewer than the row's. InputError for a set that is missing, incomplete
+    or has other classes.
     """
     folder = find_folder(row, data_root)
     found = class_folders(folder)
     classes, subset = choose_classes(row, folder, found, num_classes, any_classes)
-    return ImageSet(folder, classes, subset, transform, found)
+    images = ImageSet(folder, classes, subset, transform, found)
+    if (note := describe_gap(row, images)) and rank() == 0:
+        print(note)
+    return images
 
 
-def incomplete(row, images):
+def describe_gap(row, images):
     """-> a line that says so if the classes are the row's, but not all of them or not all its images are there."""
     if len(images.found) < len(images.classes):
         return f"note: {images.folder} holds {len(images.found)} of {len(images.classes):,} classes"
-    the_rows = len(images.classes) == 1000 if row.classes == "integers" else images.classes == synsets(row.classes)
+    the_rows = len(images.classes) == 1000 if row.classes == "integers" else images.classes == read_synsets(row.classes)
     if the_rows and len(images) != row.images:
         return f"note: {row.title} has {row.images} images, {images.folder} holds {len(images)}"
 
 
 def find_folder(row, data_root):
-    roots = [Path(data_root)] if data_root else default_roots()
+    roots = [Path(data_root)] if data_root else list_default_roots()
     candidates = [root / folder for root in roots for folder in row.folders]
     for folder in candidates:
         if folder.is_dir():
@@ -99,13 +104,13 @@ def find_folder(row, data_root):
                      f"get it from {row.source}, or give --data_root")
 
 
-def default_roots():
+def list_default_roots():
     if "IMAGENET_ROOT" in os.environ:
         return [Path(file_path(os.environ["IMAGENET_ROOT"]))]
     return [HERE.parents[1] / "IMAGENET", HERE.parent]      # the original's folder; where its README puts the sets
 
 
-def synsets(file):
+def read_synsets(file):
     """-> the synsets of a class list in label order, which is sorted order (ImageNet-4K's list is not sorted)."""
     return sorted((HERE / file).read_text(encoding="utf-8").split())
 
@@ -118,26 +123,26 @@ def choose_classes(row, folder, found, num_classes, any_classes):
         check_folders(row, folder, found, integers)
         return integers, None
     if row.own and is_own(found, num_classes, any_classes):
-        return own_classes(row, folder, found, None if any_classes else num_classes), None
-    expected = synsets(row.classes)
+        return check_own_classes(row, folder, found, None if any_classes else num_classes), None
+    expected = read_synsets(row.classes)
     if not row.own or set(found) - set(expected):
         check_folders(row, folder, found, expected)
     if any_classes:
         return expected, None
     if num_classes != 1000:
         raise InputError(f"{row.title} is for checkpoints of ImageNet-1K's 1,000 classes; this one has {num_classes}")
-    position = {synset: i for i, synset in enumerate(synsets(SYNSETS))}
+    position = {synset: i for i, synset in enumerate(read_synsets(SYNSETS))}
     return expected, None if row.classes == SYNSETS else [position[synset] for synset in expected]
 
 
 def is_own(found, num_classes, any_classes):
     """Is it a set of classes of its own, and not ImageNet's, or some of them for a checkpoint of all 1,000?"""
     if num_classes == 1000 or (any_classes and num_classes != len(found)):
-        return not set(found) & set(synsets(SYNSETS))
+        return not set(found) & set(read_synsets(SYNSETS))
     return True
 
 
-def own_classes(row, folder, found, num_classes):
+def check_own_classes(row, folder, found, num_classes):
     """Any other image folder is taken as it is, classes in their label order; only their number is checked."""
     if not found:
         raise InputError(f"{folder} has no class folders: {row.title} is 1,000 synset folders (n01440764 ...), from "

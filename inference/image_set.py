@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from mrl_files import InputError, reason
+from mrl_files import InputError, describe_error
 from mrl_images import image_path, list_images, printable, read_rgb
 from mrl_models import MEAN, STD
 
@@ -64,11 +64,11 @@ class ImageSet(Dataset):
         try:
             read_rgb(self.path(i))
         except Exception as error:
-            return f"{printable(self.path(i))} ({reason(error)})"
+            return f"{printable(self.path(i))} ({describe_error(error)})"
         return f"{printable(self.path(i))} (readable now)"
 
 
-def readable_rows(images, y, start, bad, skip_bad_images):
+def find_readable_rows(images, y, start, bad, skip_bad_images):
     """Rows of a batch whose files could be read: None for all. The others are added to `bad`, or stop the run."""
     if (y >= 0).all():
         return None
@@ -107,7 +107,7 @@ def leave_endings_to_the_first(_):
 
 
 @contextmanager
-def dead_workers_named():
+def name_dead_workers():
     """One line for a worker that the system ended; PyTorch says so wherever the first process then is, in a batch or
     between two."""
     try:
@@ -115,9 +115,14 @@ def dead_workers_named():
     except RuntimeError as error:
         if not re.search(r"DataLoader worker \(pid|unable to write to file </torch_", str(error)):
             raise
-        raise InputError(f"a process that reads images was ended, most often because memory ran out ({reason(error)}): "
-                         "give fewer --workers or a smaller --batch_size; in a container more shared memory "
-                         "(docker: --shm-size), or --workers 0") from None
+        raise InputError("a process that reads images was ended, most often because memory ran out "
+                         f"({describe_error(error)}): give fewer --workers or a smaller --batch_size; in a container "
+                         "more shared memory (docker: --shm-size), or --workers 0") from None
+
+
+def show_skipped(names):
+    if names:
+        print(f"{len(names)} unreadable image(s) left out: {shorten(names)}")
 
 
 def shorten(names):

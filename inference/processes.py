@@ -6,24 +6,19 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from mrl_files import InputError, device_named
+from mrl_files import InputError, find_device
 
 
 def start_device(args):
     """-> the device; under torchrun this process's own, after joining the group (gloo: only barriers are needed)."""
-    if count_processes() == 1:
-        return make_current(device_named(args.device))
-    gpus = torch.cuda.device_count() if args.device.startswith("cuda") else 0
-    device = make_current(device_named(f"cuda:{int(os.environ['LOCAL_RANK']) % gpus}" if gpus else args.device))
-    dist.init_process_group("gloo", timeout=timedelta(days=7))
-    return device
-
-
-def make_current(device):
-    """-> the device. Its GPU is now the process's own: the thread that pins batches asks for no other, it would go to
-    GPU 0."""
+    name, several = args.device, count_processes() > 1
+    if several and name.startswith("cuda") and (gpus := torch.cuda.device_count()):
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % gpus}"
+    device = find_device(name)
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)      # the thread that pins batches asks for no other: it would go to GPU 0
+    if several:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
     return device
 
 
@@ -32,12 +27,12 @@ def count_processes():
     return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
 
 
-def by_first(work, *args):
+def run_by_first(work, *args):
     """Call work(*args) in the first process while the others wait."""
-    together(work if rank() == 0 else lambda *_: None, *args)
+    run_together(work if rank() == 0 else lambda *_: None, *args)
 
 
-def together(work, *args):
+def run_together(work, *args):
     """Call work(*args) in every process and return its result. An error in one process stops all; one reports it."""
     result = error = None
     try:

@@ -17,16 +17,16 @@ import torch
 from classification import SAVED, classify
 from embeddings import DTYPES, embed
 from eval_sets import CLASSIFICATION, RETRIEVAL
-from image_set import dead_workers_named
+from image_set import name_dead_workers
 from processes import count_processes, start_device, warn
 
-from mrl_files import InputError, command_line, file_path, leave_group, number
+from mrl_files import InputError, bounded, command_line, file_path, leave_group
 from mrl_models import check_nesting_list
 
-positive = number(int, 1)
+positive = bounded(int, 1)
 
 
-def arguments():
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--path", type=file_path, nargs="+", action="extend", required=True,
@@ -35,29 +35,32 @@ def arguments():
                                           f"with --retrieval {', '.join(RETRIEVAL)} (default 1K)")
     parser.add_argument("--data_root", type=file_path,
                         help="folder that holds the sets (default: $IMAGENET_ROOT, ../../IMAGENET/, the repository)")
-    about_model(parser.add_argument_group("the model, where no params.json lies beside the checkpoint"))
-    about_run(parser.add_argument_group("how it runs"))
-    about_accuracy(parser.add_argument_group("classification"))
-    about_embeddings(parser.add_argument_group("embeddings"))
+    add_model_flags(parser.add_argument_group("the model, where no params.json lies beside the checkpoint"))
+    add_run_flags(parser.add_argument_group("how it runs"))
+    add_accuracy_flags(parser.add_argument_group("classification"))
+    add_embeddings_flags(parser.add_argument_group("embeddings"))
     args = parser.parse_args()
     if args.nesting_list:
         args.nesting_list = check_nesting_list([size for word in args.nesting_list for size in word])
+    if args.resize < args.crop:
+        raise InputError(f"--resize {args.resize} is smaller than --crop {args.crop}")
     return args
 
 
-def about_model(group):
+def add_model_flags(group):
     group.add_argument("--arch", help="torchvision architecture (default resnet50)")
     group.add_argument("--mrl", action="store_true", help="nested heads")
     group.add_argument("--efficient", action="store_true", help="MRL-E: one matrix for all sizes")
     group.add_argument("--rep_size", type=positive, help="size of a fixed-feature model; of a nested model, how many "
                                                               "numbers of each embedding are written")
-    group.add_argument("--nesting_list", type=sizes, nargs="+", help="sizes of an MRL-E model (default 8 16 ... 2048)")
+    group.add_argument("--nesting_list", type=read_sizes, nargs="+",
+                       help="sizes of an MRL-E model (default 8 16 ... 2048)")
     group.add_argument("--old_ckpt", action="store_true", help="the authors' released files")
 
 
-def about_run(group):
-    either, pixels = group.add_mutually_exclusive_group(), number(int, 1, 10_000)
-    group.add_argument("--workers", type=number(int, 0, 16 * os.cpu_count()), default=min(12, os.cpu_count()),
+def add_run_flags(group):
+    either, pixels = group.add_mutually_exclusive_group(), bounded(int, 1, 10_000)
+    group.add_argument("--workers", type=bounded(int, 0, 16 * os.cpu_count()), default=min(12, os.cpu_count()),
                        help="processes that read images")
     group.add_argument("--batch_size", type=positive, default=256)
     group.add_argument("--resize", type=pixels, default=256, help="pixels of the shorter side before the crop")
@@ -71,21 +74,21 @@ def about_run(group):
     group.add_argument("--overwrite", action="store_true", help="replace files of another checkpoint or other settings")
 
 
-def about_accuracy(group):
+def add_accuracy_flags(group):
     group.add_argument("--output", type=file_path, help="folder for figures and saved outputs (default: this one)")
     group.add_argument("--tta", action="store_true", help="add the logits of the mirrored images")
     for what in SAVED:
         group.add_argument(f"--save_{what}", action="store_true", help=f"write {what} for model_analysis/")
 
 
-def about_embeddings(group):
+def add_embeddings_flags(group):
     group.add_argument("--retrieval", action="store_true", help="write embeddings instead of classifying")
     group.add_argument("--retrieval_array_path", type=file_path, help="folder for the arrays (default: this one)")
     group.add_argument("--random_sample_dim", type=positive, help="embed only so many random images of each split")
     group.add_argument("--storage", choices=list(DTYPES), help="number format of the arrays (default fp32)")
 
 
-def sizes(text):
+def read_sizes(text):
     """"8" or, as train/ spells it, "8,16" -> a list."""
     return [int(size) for size in text.split(",") if size]
 
@@ -100,14 +103,14 @@ def warn_of_idle_flags(args):
 
 
 def main():
-    args = arguments()
+    args = parse_arguments()
     if count_processes() > 1 and not args.retrieval:
         raise InputError("torchrun splits the images for --retrieval only; classification runs in one process")
     try:
         device = start_device(args)
         warn_of_idle_flags(args)
         args.output = args.output or "."
-        with dead_workers_named():
+        with name_dead_workers():
             (embed if args.retrieval else classify)(args, device)
     finally:
         leave_group()          # after an error too: over gloo nobody waits for the others

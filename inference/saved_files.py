@@ -45,6 +45,12 @@ def arrays_stem(folder, dataset, split, model):
     return Path(folder) / f"{dataset}_{split}_{model if isinstance(model, str) else model_name(model)}"
 
 
+def describe_origin(path, spec, dataset, images, args):
+    """-> what files remember of the checkpoint and the images they came from."""
+    return {"checkpoint": fingerprint(path), "nesting_list": spec["nesting_list"], "dataset": dataset,
+            "images": images.digest(), "resize": args.resize, "crop": args.crop}
+
+
 def fingerprint(path):
     """The first 16 hex digits of a file's SHA-256: which checkpoint something came from."""
     digest = hashlib.sha256()
@@ -70,15 +76,24 @@ def save_tensor(path, tensor, about):
 def check_free(companion, about, overwrite, *files):
     """Refuse to replace files whose companion says that they came from something else, or that have none."""
     old = read_json(companion)
-    foreign = [file for file in files if file.exists()]
-    if old is None and foreign and not overwrite:
-        raise InputError(f"{foreign[0]}: nothing beside it says what it was made from (no {companion.name}): "
+    if overwrite:
+        return
+    foreign = next((file for file in files if file.exists()), None)
+    if old is None and foreign:
+        raise InputError(f"{foreign}: nothing beside it says what it was made from (no {companion.name}): "
                          "choose another folder, or pass --overwrite")
-    different = [] if old is None else [key for key in about if old.get(key) != about[key]]
-    if different and not overwrite:
-        key = different[0]
-        raise InputError(f"{companion} says that the files there have {key}={old.get(key)}, not {about[key]}: "
-                         "choose another folder, or pass --overwrite")
+    for key in about if old is not None else ():
+        if old.get(key) != about[key]:
+            raise InputError(f"{companion} says that the files there have {key}={old.get(key)}, not {about[key]}: "
+                             "choose another folder, or pass --overwrite")
+
+
+def check_distinct(files, flag):
+    """files: pairs (path, the content of its JSON) of one command. Refuse two contents for one path."""
+    contents = {}
+    for file, content in files:
+        if contents.setdefault(file, content) != content:
+            raise InputError(f"--path: two of them would write {file}; give them an {flag} each")
 
 
 # ------------------------------------------------------------------------------------------------ reading

@@ -1,16 +1,19 @@
-"""From a checkpoint and flags to a model: which network and head a file holds.
+"""Which network and head each checkpoint holds.
 
-A run of train/ says it in params.json beside the file. For a bare file the flags say it, the name of a file released by
-the authors, the file's shapes, and last the original's defaults. What contradicts is an error, never overruled. Used by
-pytorch_inference.py and baselines.py.
+Where a run of train/ left params.json beside the file, that says it. Of a bare file the flags say it, or the name of a
+file that the authors released; what neither says, and no shape in the file shows, is the original's default. What
+contradicts is an error, never overruled. Used by classification.py, embeddings.py and baselines.py.
 """
 import re
 from pathlib import Path
+
+from processes import warn
 
 from MRL import NESTING_LIST
 from mrl_files import InputError
 from mrl_models import (
     Unsettled,
+    check_image_size,
     default_nesting_list,
     feature_width,
     load_model,
@@ -23,39 +26,62 @@ FLAGS = {"arch": "--arch", "head": "--mrl, --efficient or --rep_size", "nesting_
          "old_ckpt": "--old_ckpt"}      # what sets load_model's arguments
 
 
-def load(path, *flags, old_ckpt=False, **named):
-    """-> the model in eval mode, by the flags of `open_checkpoint`."""
-    spec = open_checkpoint(path, *flags, old_ckpt=old_ckpt, **named).spec
+def check_checkpoints(args):
+    """-> {path: model.spec}, if the weights of all can be read, and all take images of this size: an error in the last
+    one shows before hours of work on the first. Weights are read again later: those of all need not fit in memory."""
+    specs = {path: check_checkpoint(path, args) for path in args.path}
+    if args.nesting_list and all(is_fixed_feature(spec["head"]) for spec in specs.values()):
+        warn("--nesting_list does nothing here: a fixed-feature model has one size")
+    return specs
+
+
+def check_checkpoint(path, args):
+    """-> model.spec. --rep_size is a fixed-feature model's size; a nested one's embeddings are cut there."""
+    head = name_head(args.mrl or args.efficient, args.efficient, args.rep_size)
+    model = open_checkpoint(path, args.arch, head, args.nesting_list, args.old_ckpt)
+    largest = model.spec["nesting_list"][-1]
+    if args.rep_size and args.rep_size > largest:
+        raise InputError(f"{path}: --rep_size {args.rep_size} was asked for, the file holds sizes up to {largest}")
+    check_image_size(model, args.crop, "crop")
+    return model.spec
+
+
+def load_checkpoint(path, spec, old_ckpt=False):
+    """-> the model in eval mode, on the CPU. spec: what `open_checkpoint` found."""
     return load_model(path, spec["arch"], spec["head"], spec["nesting_list"], old_ckpt)
 
 
-def open_checkpoint(path, arch=None, mrl=False, efficient=False, rep_size=None, nesting_list=None, old_ckpt=False):
-    """-> the model without its numbers, on the meta device; model.spec tells what the file holds. The arguments are the
-    flags of pytorch_inference.py.
+def open_checkpoint(path, arch=None, head=None, nesting_list=None, old_ckpt=False):
+    """-> the model without its numbers, on the meta device; model.spec tells what the file holds.
 
-    nesting_list is of the nested models among those of a command: a fixed-feature model has one size, and shows it.
-    rep_size: of a fixed-feature model its size; of a nested one no more than its largest (embeddings are cut there).
+    The arguments are load_model's, as far as flags say them. nesting_list is of the nested models among those of a
+    command: a fixed-feature model has one size, and shows it.
     """
-    given = {"arch": arch, "head": head_of_flags(mrl, efficient, rep_size), "nesting_list": nesting_list}
-    bare = not read_params(path)
-    if bare:
-        given = fill_from_name(path, given, read_released_name(path) if old_ckpt else {})
-    if nesting_list and is_fixed_feature(path, given["head"]):
+    given, known = {"arch": arch, "head": head, "nesting_list": nesting_list}, read_params(path)
+    if not known:
+        given = add_defaults(path, add_name(path, given) if old_ckpt else given)
+    if nesting_list and is_fixed_feature(known.get("head") or given["head"] or read_head(path)):
         given["nesting_list"] = None
     try:
-        model, _ = open_model(path, **(fill_defaults(path, given) if bare else given), old_ckpt=old_ckpt)
+        return open_model(path, **given, old_ckpt=old_ckpt)[0]
     except Unsettled as error:
         raise InputError(f"{error.problem}: give {FLAGS[error.argument]}") from None
-    largest = model.spec["nesting_list"][-1]
-    if rep_size and rep_size > largest:
-        raise InputError(f"{path}: --rep_size {rep_size} was asked for, the file holds sizes up to {largest}")
-    return model
 
 
-def head_of_flags(mrl, efficient, rep_size):
-    if mrl or efficient:
+def name_head(nested, efficient, size):
+    """-> load_model's word for a head; None where nothing says which."""
+    if nested:
         return "mrl_e" if efficient else "mrl"
-    return f"ff{rep_size}" if rep_size else None
+    return f"ff{size}" if size else None
+
+
+def is_fixed_feature(head):
+    return head.startswith("ff")
+
+
+def read_head(path):
+    """-> the kind of head that a file's keys show, without its size."""
+    return "mrl" if any("nesting_classifier" in key for key in read_state_dict(path)) else "ff"
 
 
 def read_released_name(path):
@@ -67,26 +93,21 @@ def read_released_name(path):
     depth, nested, efficient, size = match.groups()
     start = re.search(r"(\d+)start", f"{path.parent.name}/{path.stem}")
     sizes = [d for d in NESTING_LIST if int(start[1]) <= d <= int(size)] if start else None
-    return {"arch": f"resnet{depth}", "head": head_of_flags(nested == "1", efficient == "1", size),
+    return {"arch": f"resnet{depth}", "head": name_head(nested == "1", efficient == "1", size),
             "nesting_list": sizes if nested == "1" else None}
 
 
-def fill_from_name(path, given, named):
-    """The flags, filled up from the name."""
+def add_name(path, given):
+    """The flags, and what the file's name says where they do not."""
+    named = read_released_name(path)
     for key, value in named.items():
         if None not in (value, given[key]) and value != given[key]:
             raise InputError(f"{path}: the flags say {key}={given[key]}, the file's name {value}")
     return {key: named.get(key) if value is None else value for key, value in given.items()}
 
 
-def is_fixed_feature(path, head):
-    """head: as far as flags and the file's name say it; else params.json or the file's keys do."""
-    head = head or read_params(path).get("head")
-    return head.startswith("ff") if head else not any("nesting_classifier" in key for key in read_state_dict(path))
-
-
-def fill_defaults(path, given):
-    """The original's defaults for what does not show in a file. load_model holds the result to the file's shapes."""
+def add_defaults(path, given):
+    """The original's, for what does not show in a file. load_model holds the result to the file's shapes."""
     arch, sizes = given["arch"] or "resnet50", given["nesting_list"]
     if given["head"] == "mrl_e" and sizes is None:
         sizes = default_nesting_list(feature_width(arch))

@@ -14,7 +14,7 @@ import json
 import numpy as np
 import outputs
 
-from mrl_files import InputError, command_line, file_path, number, write_json
+from mrl_files import InputError, bounded, command_line, file_path, write_json
 
 GRID = np.linspace(0.1, 1.0, 100)          # the thresholds that are tried: the original's
 HEADS = ("mrl", "mrl_e")
@@ -179,8 +179,8 @@ def main():
         command.add_argument("--policy", type=file_path, required=True, help="JSON file")
     command = commands.choices["learn"]
     command.add_argument("--head", default="mrl", choices=HEADS)
-    command.add_argument("--fraction", type=number(float, 0, 1), default=0.2, help="of the images, to tune on; 1: all")
-    command.add_argument("--seed", type=number(int, 0), default=0)
+    command.add_argument("--fraction", type=bounded(float, 0, 1), default=0.2, help="of the images, to tune on; 1: all")
+    command.add_argument("--seed", type=bounded(int, 0), default=0)
     args = parser.parse_args()
     args.run(args)
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torchvision import transforms
 from tqdm import tqdm
 
-from mrl_files import InputError, reason
+from mrl_files import InputError, describe_error
 from mrl_images import class_folders, image_names, label_order, printable, read_rgb
 from mrl_models import MEAN, STD, stack_logits
 
@@ -117,7 +117,7 @@ def picture(path, resize=256, crop=224):
     try:
         return see(read_rgb(path))
     except Exception as error:                 # whatever a decoder makes of broken bytes
-        raise InputError(f"{printable(path)}: not a readable image ({reason(error)})") from None
+        raise InputError(f"{printable(path)}: not a readable image ({describe_error(error)})") from None
 
 
 def normalise(image):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mrl_files import InputError, exact_labels, file_path, foreign, read_json, reason
+from mrl_files import InputError, check_labels, describe_error, file_path, identify_file, read_json
 
 # The first is what this repository writes (the original's script left `_ff=` out and some of its notebooks wrote 1 for
 # True); the second is what the original's oracle, superclass and Grad-CAM notebooks ask for: sh (single head) is MRL-E.
@@ -62,7 +62,7 @@ def same_run(*infos):
 def find(folder, wanted):
     """-> the one file in `folder` that holds what is wanted."""
     named = {path: parse(path.stem) for path in saved_files(folder)}
-    fitting = [path for path, name in named.items() if name and fits(name, wanted)]
+    fitting = [path for path, name in named.items() if name and matches(name, wanted)]
     if len(fitting) > 1:
         raise InputError(f"{folder}: several files fit: {', '.join(p.name for p in fitting)}; keep one of them there")
     if not fitting:
@@ -99,7 +99,7 @@ def parse(stem):
     return {"kind": name["kind"], "head": head, "dataset": name["dataset"], "tta": tta}
 
 
-def fits(name, wanted):
+def matches(name, wanted):
     """What a name leaves out (the original's: tta, or the size of a fixed-feature model) fits anything."""
     return (name["kind"] == wanted["kind"] and same(name["dataset"], wanted["dataset"])
             and name["tta"] in (None, wanted["tta"])
@@ -126,7 +126,8 @@ def load(path, dims):
         tensor = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         array = tensor.numpy()
     except Exception as error:
-        raise InputError(f"{path}: not a saved tensor, or truncated ({foreign(path) or reason(error)})") from None
+        raise InputError(f"{path}: not a saved tensor, or truncated "
+                         f"({identify_file(path) or describe_error(error)})") from None
     if dims > 1 and array.ndim == dims - 1:                 # the original's fixed-feature files have no axis for sizes
         array = array[None]
     if dims == 1 and array.ndim == 2 and array.shape[1] == 1:
@@ -134,7 +135,7 @@ def load(path, dims):
     if array.ndim != dims or not array.size:
         raise InputError(f"{path}: has shape {list(array.shape)}, expected "
                          f"{['[N]', '[G, N]', '[G, N, C]'][dims - 1]} with N > 0")
-    return array if dims == 3 else exact_labels(array, path)
+    return array if dims == 3 else check_labels(array, path)
 
 
 def describe(path, array, wanted):

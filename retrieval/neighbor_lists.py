@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from arrays import fits, record_file, recorded
+from records import has_record, record_file, replacing_with_record
 from tqdm import tqdm
 
 from mrl_files import InputError, allocate, read_array, read_json, write_json
@@ -26,6 +26,20 @@ class Recipe(NamedTuple):
     k: int
     rerank_dims: tuple = ()
     shortlists: tuple = ()
+
+    @property
+    def method(self):
+        return ("single-shot", "adaptive", "funnel")[min(len(self.rerank_dims), 2)]
+
+    @property
+    def length(self):
+        """Of its lists."""
+        return self.shortlists[-1] if self.shortlists else self.k
+
+    @property
+    def width(self):
+        """The largest size that it compares at."""
+        return max((self.retrieval_dim, *self.rerank_dims))
 
 
 NAMES = (r"(?P<index>[a-z0-9]+)_(?P<retrieval_dim>\d+)dim_(?P<k>\d+)shortlist_(?P<dataset>.+)",
@@ -96,7 +110,7 @@ def write_list(path, record, shape, find, chunk, **measured):
     The record gets `measured`, and the seconds that find took over all runs.
     """
     partial = path.with_name(f".{path.name}.partial.npy")
-    I, state = begun(partial, record, shape)
+    I, state = begin_list(partial, record, shape)
     with tqdm(total=shape[0], initial=state["done"], desc=path.name, unit="query", delay=2, leave=False) as bar:
         for lo in range(state["done"], shape[0], chunk):
             hi, started = min(lo + chunk, shape[0]), time.perf_counter()
@@ -106,7 +120,7 @@ def write_list(path, record, shape, find, chunk, **measured):
                 I.flush()
             write_json(record_file(partial), state)
             bar.update(hi - lo)
-    with recorded(path, record | measured | {"seconds": state["seconds"]}) as temporary:
+    with replacing_with_record(path, record | measured | {"seconds": state["seconds"]}) as temporary:
         if path.suffix == ".csv":
             pd.DataFrame(I).to_csv(temporary, header=False, index=False)
         else:
@@ -115,10 +129,10 @@ def write_list(path, record, shape, find, chunk, **measured):
     record_file(partial).unlink()
 
 
-def begun(partial, record, shape):
+def begin_list(partial, record, shape):
     """-> the list to fill, and how far it is: what an interrupted run left, or new ones."""
     partial.parent.mkdir(parents=True, exist_ok=True)
-    state = read_json(record_file(partial)) if fits(partial, record) else record | {"done": 0, "seconds": 0.0}
+    state = read_json(record_file(partial)) if has_record(partial, record) else record | {"done": 0, "seconds": 0.0}
     if state["done"]:
         return read_array(partial, "r+"), state
     record_file(partial).unlink(missing_ok=True)       # a stale record must not describe the new file

@@ -12,22 +12,18 @@ stages.py writes what comes out of here to files.
 """
 import operator
 import sys
-import time
 from functools import cache
 
 import numpy as np
 import torch
-from arrays import fits, recorded
 from faiss_kernels import faiss
+from indexes import EF_SEARCH, build, find_kind, find_parameters, view_vectors
 from tqdm import tqdm
 
 from mrl_files import InputError
 
-INDEXES = {"exactl2": None, "hnsw32": 32, "hnsw8": 8}      # the graph's links per vector and level; None: no graph
-EF_SEARCH = 64                # candidates a graph search keeps, at least; at least k in any case
 MEMORY_GB = 4                 # of normalised vectors held at once; above it exact search reads the file in blocks
 FAR = 4                       # from the origin, where a graph has vectors of zeros: 3 or more from all unit vectors
-ROWS = 65536                  # added to an index at a time
 PRODUCTS = 2 ** 28            # that torch holds at a time: 1 GiB
 
 
@@ -70,9 +66,7 @@ def unit(x, dim, what="the database", first=0, zeros=None, zeros_far=False):
     return u
 
 
-def check_sizes(xb, dim, index="exactl2"):
-    if index not in INDEXES:
-        raise InputError(f"unknown index {index!r}: {', '.join(INDEXES)}")
+def check_size(xb, dim):
     if not 1 <= dim <= xb.shape[1]:
         raise InputError(f"size {dim} is not between 1 and the {xb.shape[1]} dimensions of the embeddings")
     return operator.index(dim)                # FAISS takes Python's integers only
@@ -101,39 +95,55 @@ def search(xb, xq, retrieval_dim, k, index="exactl2", **options):
 def searcher(xb, retrieval_dim, index="exactl2", file=None, record=None, device="auto", memory_gb=MEMORY_GB):
     """Prepare a database once -> find(xq, k) -> D, I.
 
-    index: exactl2, hnsw32 or hnsw8. file, record: where to keep the built index, and what it must have been made from
+    index: a row of indexes.INDEXES. file, record: where to keep the built index, and what it must have been made from
     to be used again. device: auto, cpu or cuda, for exact search (a graph is searched on the CPU). Exact search of more
     than memory_gb of prefixes keeps nothing: each call reads xb in blocks of that size.
     """
-    retrieval_dim = check_sizes(xb, retrieval_dim, index)
-    device = choose_device(device)
-    streamed, block = in_blocks(xb, retrieval_dim, index, memory_gb)
-    zeros = Zeros(retrieval_dim)
-    built = None if streamed else built_index(xb, retrieval_dim, index, file, record, zeros)
-    if built is not None:
+    kind, dim, device = find_kind(index), check_size(xb, retrieval_dim), choose_device(device)
+    zeros, block = Zeros(dim), rows_in_memory(dim, memory_gb)
+    if kind.exact and len(xb) > block:
+        find_unit = search_blocks(xb, dim, block, zeros, device)
+    else:
+        built = build(xb, lambda: kind.new(dim, EF_SEARCH),
+                      lambda lo, rows: unit(rows, dim, first=lo, zeros=zeros, zeros_far=not kind.exact), file, record)
         zeros.tell()
-    flat = None if streamed or index != "exactl2" else vectors(built) if device == "cpu" else on_gpu(vectors(built))
+        find_unit = search_flat(built, device) if kind.exact else search_index(built)
 
     def find(xq, k, first=0):
         k = check_queries(xb, xq, k)
-        q = unit(xq, retrieval_dim, "the queries", first)
-        if index != "exactl2":
-            D, I = built.search(q, k, params=faiss.SearchParametersHNSW(efSearch=max(k, EF_SEARCH)))
-            D[(D > 5) | ~q.any(1, keepdims=True)] = 2      # one of the two is zero: cosine 0
-            return np.where(I < 0, np.inf, D), I
-        found = exact(unit_blocks(xb, retrieval_dim, block, zeros) if streamed else [(0, flat)], q, k, device)
-        zeros.tell()
-        return found
+        return find_unit(unit(xq, dim, "the queries", first), k)
 
     return find
 
 
-def in_blocks(xb, dim, index, memory_gb):
-    """-> (is the database read in blocks, for each search anew?; their rows)."""
+def rows_in_memory(dim, memory_gb):
+    """-> how many prefixes memory_gb holds: a larger database is read in blocks of so many, for each search anew."""
     if not 0 < memory_gb < np.inf:
         raise InputError(f"memory_gb={memory_gb}: must be more than 0")
-    block = max(1, int(memory_gb * 1e9) // (4 * dim))
-    return index == "exactl2" and len(xb) > block, block
+    return max(1, int(memory_gb * 1e9) // (4 * dim))
+
+
+# Three ways to search: each -> find_unit(q, k) -> D, I of unit vectors q.
+
+def search_index(built):
+    def find_unit(q, k):
+        D, I = built.search(q, k, params=find_parameters(built, k))
+        D[(D > 5) | ~q.any(1, keepdims=True)] = 2          # one of the two is zero: cosine 0
+        return np.where(I < 0, np.inf, D), I
+    return find_unit
+
+
+def search_flat(built, device):
+    on_device = None if device == "cpu" else on_gpu(view_vectors(built))
+    return lambda q, k: search_exactly([(0, view_vectors(built) if on_device is None else on_device)], q, k, device)
+
+
+def search_blocks(xb, dim, block, zeros, device):
+    def find_unit(q, k):
+        found = search_exactly(unit_blocks(xb, dim, block, zeros), q, k, device)
+        zeros.tell()
+        return found
+    return find_unit
 
 
 def unit_blocks(xb, dim, block, zeros):
@@ -142,31 +152,31 @@ def unit_blocks(xb, dim, block, zeros):
         yield lo, unit(xb[lo:lo + block], dim, first=lo, zeros=zeros)
 
 
-def exact(blocks, q, k, device):
+def search_exactly(blocks, q, k, device):
     """The k nearest of q over all blocks: each block's best, merged. Equal to one pass over the whole.
 
     Inner products of unit vectors give the order of their L2 distances and cost less.
     """
     heap = faiss.ResultHeap(len(q), k, keep_max=True)
     for lo, block in blocks:
-        S, I = products(q, block, min(k, len(block)), device)
+        S, I = multiply(q, block, min(k, len(block)), device)
         heap.add_result(S, I + lo)
         del block                             # before the next one is made: one at a time in memory
     heap.finalize()
     return np.maximum(2 - 2 * heap.D, 0), heap.I
 
 
-def products(q, block, k, device):
+def multiply(q, block, k, device):
     """-> the k largest inner products [q, k] and their rows, largest first."""
     if device == "cpu":
         return faiss.knn(q, block, k, metric=faiss.METRIC_INNER_PRODUCT)
     if gpu_faiss() and k <= 2048:
         return faiss.knn_gpu(gpu_faiss(), q, block, k, metric=faiss.METRIC_INNER_PRODUCT)
-    return torch_products(q, block, k, device)
+    return multiply_with_torch(q, block, k, device)
 
 
-def torch_products(q, block, k, device):
-    """`products` on any torch device, in full float32: with TF32 it would not be exact search."""
+def multiply_with_torch(q, block, k, device):
+    """`multiply` on any torch device, in full float32: with TF32 it would not be exact search."""
     torch.set_float32_matmul_precision("highest")
     block_t = torch.as_tensor(block, device=device).T
     rows = max(1, PRODUCTS // len(block))                 # queries at a time
@@ -191,70 +201,3 @@ def choose_device(device):
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda was asked for, and there is none; use cpu")
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-# ------------------------------------------------------------------------------------------------ indexes
-
-def new_index(dim, kind):
-    links = INDEXES[kind]
-    return faiss.IndexFlatL2(dim) if links is None else faiss.IndexHNSWFlat(dim, links)
-
-
-def vectors(flat):
-    """-> [n, dim] the vectors of a flat index, not copied."""
-    return faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d)
-
-
-def built_index(xb, dim, kind, file=None, record=None, zeros=None):
-    """The index of all prefixes."""
-    graph = INDEXES[kind] is not None
-    return build(xb, lambda: new_index(dim, kind),
-                 lambda lo, rows: unit(rows, dim, first=lo, zeros=zeros, zeros_far=graph), file, record)
-
-
-def build(xb, new, prepare, file=None, record=None):
-    """An index of all rows: new(), or what `file` holds if its record fits, with what it lacks of prepare(lo, xb[lo:]).
-
-    It is kept in `file` every minute, so that an interrupted build is completed.
-    """
-    index, saved = read_index(file) if file and fits(file, record) else new(), time.monotonic()
-    for store in stores(index):
-        reserve(store, len(xb))
-    with tqdm(total=len(xb), initial=index.ntotal, desc="index", unit="row", delay=2, leave=False) as bar:
-        for lo in range(index.ntotal, len(xb), ROWS):
-            rows = prepare(lo, xb[lo:lo + ROWS])
-            index.add(rows)
-            bar.update(len(rows))
-            if file and (index.ntotal == len(xb) or time.monotonic() - saved > 60):
-                write_index(index, file, record)
-                saved = time.monotonic()
-    return index
-
-
-def stores(index):
-    """-> the parts of an index that keep all vectors."""
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexPreTransform):
-        return stores(index.index)
-    if isinstance(index, faiss.IndexRefine):
-        return stores(index.base_index) + stores(index.refine_index)
-    return stores(index.storage) if isinstance(index, faiss.IndexHNSW) else [index]
-
-
-def reserve(store, n):
-    """Memory for n vectors at once. As FAISS adds them it would double it again and again, and hold old and new."""
-    filled = store.codes.size()
-    store.codes.resize(n * store.code_size)
-    store.codes.resize(filled)
-
-
-def write_index(index, file, record):
-    with recorded(file, record) as temporary:
-        faiss.write_index(index, str(temporary))
-
-
-def read_index(file, flags=0):
-    try:
-        return faiss.read_index(str(file), flags)
-    except RuntimeError:
-        raise InputError(f"{file}: not a complete FAISS index; delete it and run again") from None

@@ -1,6 +1,6 @@
 """The paper's retrieval study on one data set: all sizes, the adaptive grid, the funnels -> a CSV and two pictures.
 
-    table = report(Task(dataset="1K", model="mrl"))      # -> report/1K_mrl_report.csv, _size.png, _cost.png
+    table = report(Study(Task(dataset="1K", model="mrl")))      # -> report/1K_mrl_report.csv, _size.png, _cost.png
 
 Reads embeddings through stages.py, which keeps every list it makes, so that an interrupted report goes on. Beside
 ImageNet-1K and -4K results stand the paper's own (paper_curves.csv: tables 2, 8, 10-14 and figure 8).
@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from metrics import KS
-from stages import all_sizes, open_data, open_labels, reranked, score, searched_at_least
+from stages import ensure_k_neighbors, ensure_reranked, score
 
 from mrl_files import InputError, replacing
 
@@ -29,18 +29,18 @@ LONG, SHORT = (800, 400, 200, 50, 10), (200, 100, 50, 25, 10)
 FUNNELS = {"4K": [(2, LONG), (3, LONG)], "others": [(0, LONG), (1, SHORT), (2, SHORT)]}
 
 
-def report(task, indexes=("exactl2",), sizes=None, shortlist=200, ks=KS):
+def report(study, indexes=("exactl2",), sizes=None, shortlist=200, ks=KS):
     """-> a table, one row for each way of retrieving; also written, with its pictures, to <output>/report/.
 
     sizes: None is all that inference noted. shortlist: of the adaptive grid. ks: of the metrics; 10 is always there.
     """
     ks = sorted({DRAWN, *ks})
-    rows = [score(task, file, ks) for index in indexes
-            for file in lists(task._replace(index=index), sizes, shortlist, ks)]
-    table, paper = pd.DataFrame(rows), paper_table(task)
+    rows = [score(study, file, ks) for index in indexes
+            for file in ensure_lists(study.with_index(index), sizes, shortlist, ks)]
+    table, paper, task = pd.DataFrame(rows), select_paper(study), study.task
     write_table(table, report_file(task, "report.csv"))
     save(draw_sizes(table, paper, task), report_file(task, "size.png"))
-    save(draw_costs(table, paper, task), report_file(task, "cost.png"))
+    save(draw_costs(table, paper, study), report_file(task, "cost.png"))
     return table
 
 
@@ -55,29 +55,29 @@ def write_table(table, path):
         table.to_csv(temporary, index=False)
 
 
-def lists(task, sizes, shortlist, ks):
-    """Yield the files of all lists of the study, made where they are not there."""
-    n = len(open_data(task, min(sizes or all_sizes(task))).xb)
+def ensure_lists(study, sizes, shortlist, ks):
+    """Yield the files of all lists of the study."""
+    n = len(study.data(min(sizes or study.sizes)).xb)
     if n < DRAWN:
         raise InputError(f"the database has {n} vectors; a report judges the first {DRAWN} neighbours")
     shortlist = min(shortlist, n)
     k = max(shortlist, *(min(k, n) for k in ks))
-    done = dict(single_shot(task, sizes, lambda size: searched_at_least(task, size, k)))
-    yield from done.values()
-    if task.model != "ff":
-        for recipe in recipes(list(done), task.dataset, shortlist, n):
-            yield reranked(task, *recipe)
+    sizes = choose_sizes(study, sizes)
+    for size in sizes:
+        yield ensure_k_neighbors(study, size, k)
+    if study.task.model != "ff":
+        for stages in list_stages(sizes, study.task.dataset, shortlist, n):
+            yield ensure_reranked(study, *stages)
 
 
-def single_shot(task, sizes, made):
-    """Yield (size, made(size)), the smallest size first."""
-    wanted = sorted(set(sizes or all_sizes(task)))
-    open_data(task, wanted[-1])               # a size past the width is said before the others are searched
-    for size in wanted:
-        yield size, made(size)
+def choose_sizes(study, sizes=None):
+    """-> the sizes asked for, or all, the smallest first. One past the width is refused before any is searched."""
+    sizes = sorted(set(sizes or study.sizes))
+    study.data(sizes[-1])
+    return sizes
 
 
-def recipes(sizes, dataset, shortlist, n):
+def list_stages(sizes, dataset, shortlist, n):
     """-> (retrieval_dim, rerank_dims, shortlists) of the adaptive grid (tables 11, 12) and the funnels (13, 14)."""
     grid = [(small, (large,), (shortlist,)) for small, large in combinations(sizes, 2)]
     funnels = []
@@ -88,7 +88,7 @@ def recipes(sizes, dataset, shortlist, n):
     return grid + funnels
 
 
-def in_per_cent(table):
+def format_table(table):
     """-> the table as people read it: accuracies in per cent, other ks and quartiles of times left to the CSV."""
     shown = [c for c in table.columns if ("@" not in c or c in ("mAP@10", "precision@10", "recall@10"))
              and c not in ("ms_low", "ms_high")]
@@ -98,10 +98,10 @@ def in_per_cent(table):
 
 # ------------------------------------------------------------------------------------------------ pictures
 
-def paper_table(task):
+def select_paper(study):
     """-> the paper's rows for this data set and model; none where the labels are not ImageNet-1K's or -4K's classes."""
     paper = pd.read_csv(PAPER, dtype={"rerank_dims": str}, keep_default_na=False, na_values={"top1": "", "mAP@10": ""})
-    yb, _ = open_labels(open_data(task, min(all_sizes(task))))
+    task, (yb, _) = study.task, study.labels(study.data(min(study.sizes)))
     its_own = len(np.unique(yb)) == IMAGENET_CLASSES.get(task.dataset)
     return paper[(paper.dataset == task.dataset) & (paper.model == task.model) & its_own]
 
@@ -124,27 +124,27 @@ def draw_sizes(table, paper, task):
     return figure
 
 
-def draw_costs(table, paper, task):
+def draw_costs(table, paper, study):
     """mAP@10 against MFLOPs and against measured milliseconds for one query (figure 8)."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     both = figure.subplots(1, 2, sharey=True)
     for axes, cost in zip(both, ("mflops", "ms_per_query"), strict=True):
         for (index, rows), style in zip(table.groupby("index"), STYLES, strict=False):
             draw_methods(axes, rows, cost, index, style)
-        cost_axis(axes)
+        scale_costs(axes)
     if len(paper):
         both[0].plot(paper.mflops, 100 * paper["mAP@10"], "x", color="black", label="the paper's")
     both[0].set(xlabel="MFLOPs per query", ylabel="mAP@10 (%)")
     both[1].set(xlabel="milliseconds for one query, measured")
     both[0].legend()
-    spread_out(both[0])
-    n = len(open_data(task, min(all_sizes(task))).xb)
+    widen(both[0])
+    task, n = study.task, len(study.data(min(study.sizes)).xb)
     figure.suptitle(f"{task.dataset}, {MODEL_NAMES[task.model]}, {n:,} database vectors: "
                     "single-shot (with its sizes), adaptive, funnel")
     return figure
 
 
-def cost_axis(axes):
+def scale_costs(axes):
     """Logarithmic, with plain numbers at 1, 2, 5, 10 ..."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -154,7 +154,7 @@ def cost_axis(axes):
     axes.grid(alpha=0.3)
 
 
-def spread_out(axes, points=5):
+def widen(axes, points=5):
     """Widen the y axis to at least `points` percentage points, so that small differences do not look large."""
     low, high = axes.get_ylim()
     more = max(0, points - (high - low)) / 2

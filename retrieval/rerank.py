@@ -27,9 +27,10 @@ def rerank(xb, xq, I, rerank_dim, shortlist, first=0):
     shortlist longer than I, row numbers past the database, and for NaN or infinite vectors among the candidates (a
     query's row is counted from `first`). A vector of zeros has cosine 0 to all.
     """
-    check(xb, xq, I, rerank_dim, shortlist)
+    check_lists(xb, xq, I, rerank_dim, shortlist)
     I = I[:, :shortlist]
-    return np.take_along_axis(I, largest_first(cosines(xb, xq, I, rerank_dim, first)), 1)
+    order = np.argsort(-compute_cosines(xb, xq, I, rerank_dim, first), axis=1, kind="stable")
+    return np.take_along_axis(I, order, 1)
 
 
 def funnel(xb, xq, I, rerank_dims, shortlists, first=0):
@@ -47,7 +48,7 @@ def check_funnel(rerank_dims, shortlists):
         raise InputError(f"the shortlists of a funnel must not grow: {list(shortlists)}")
 
 
-def check(xb, xq, I, dim, shortlist):
+def check_lists(xb, xq, I, dim, shortlist):
     if xb.shape[1] != xq.shape[1] or not 1 <= dim <= xb.shape[1]:
         raise InputError(f"size {dim} does not fit a database of {xb.shape[1]} and queries of {xq.shape[1]} dimensions")
     if len(I) != len(xq) or not 1 <= shortlist <= I.shape[1]:
@@ -56,40 +57,30 @@ def check(xb, xq, I, dim, shortlist):
         raise InputError(f"the lists name rows from {I.min()} to {I.max()}, the database has {len(xb)}")
 
 
-def cosines(xb, xq, I, dim, first):
+def compute_cosines(xb, xq, I, dim, first):
     """-> [q, s] float32 cosine of each query and candidate on the first dim numbers; -inf where I is -1."""
-    candidates, xq = I.ravel().astype(np.int64), read_only(np.ascontiguousarray(xq, np.float32))
+    candidates, xq = I.ravel().astype(np.int64), view_read_only(np.ascontiguousarray(xq, np.float32))
     squares = np.einsum("qd,qd->q", xq[:, :dim], xq[:, :dim])
-    refuse(~np.isfinite(squares), first + np.arange(len(xq)), "the queries", dim)
-    pairs = in_row_order(candidates, len(xb))
+    refuse_not_finite(~np.isfinite(squares), first + np.arange(len(xq)), "the queries", dim)
+    pairs = sort_by_row(candidates, len(xb))
     rows, queries, found = candidates[pairs], pairs // I.shape[1], np.empty(len(pairs), np.float32)
-    step = PAIRS if in_place(xb) else COPIED_PAIRS
+    step = PAIRS if can_stay(xb) else COPIED_PAIRS
     for lo in tqdm(range(0, len(pairs), step), desc="re-ranking", delay=2, leave=False):
         part = slice(lo, lo + step)
-        found[part] = pair_cosines(*as_float32(xb, rows[part], dim), xq, queries[part], dim)
-    refuse(~np.isfinite(found), rows, "the database", dim)
+        found[part] = multiply_pairs(*take_float32(xb, rows[part], dim), xq, queries[part], dim)
+    refuse_not_finite(~np.isfinite(found), rows, "the database", dim)
     values = np.full(candidates.size, -np.inf, np.float32)
     values[pairs] = found
     return values.reshape(I.shape)
 
 
-def largest_first(values):
-    """np.argsort(-values, axis=1, kind="stable") for float32 [q, s], several times faster: each value and its position
-    are packed into one int64, and those are sorted."""
-    bits = (values + np.float32(0)).view(np.int32)                  # + 0 makes 0 of -0
-    keys = np.empty((*values.shape, 2), np.int32)
-    keys[..., 0] = np.arange(values.shape[1])
-    keys[..., 1] = ~(bits ^ ((bits >> 31) & 0x7fffffff))            # ordered as the values are, the other way round
-    return np.sort(keys.view(np.int64)[..., 0]) & 0xffffffff
-
-
-def refuse(bad, rows, what, dim):
+def refuse_not_finite(bad, rows, what, dim):
     if bad.any():
         raise InputError(f"{what}: row {rows[bad.argmax()]} is not finite in its first {dim} numbers; "
                          "write the embeddings again in fp32")
 
 
-def in_row_order(candidates, n):
+def sort_by_row(candidates, n):
     """-> the positions of all candidates but -1, by database row to within n / 65,536 rows.
 
     65,536 because numpy sorts 16-bit keys several times faster than others.
@@ -99,26 +90,26 @@ def in_row_order(candidates, n):
     return order[candidates[order] >= 0] if candidates.min() < 0 else order
 
 
-def as_float32(xb, rows, dim):
+def take_float32(xb, rows, dim):
     """-> (float32 array, row numbers in it): xb itself where it can stay, else a copy of the rows needed."""
-    if in_place(xb):
-        return read_only(xb), rows
+    if can_stay(xb):
+        return view_read_only(xb), rows
     distinct, places = np.unique(rows, return_inverse=True)
-    return read_only(np.ascontiguousarray(xb[distinct, :dim], np.float32)), places
+    return view_read_only(np.ascontiguousarray(xb[distinct, :dim], np.float32)), places
 
 
-def in_place(xb):
+def can_stay(xb):
     return xb.dtype == np.float32 and xb.flags.c_contiguous
 
 
-def read_only(x):
+def view_read_only(x):
     """A view that numba takes for the same type whatever the caller holds, so that it compiles once."""
     view = np.asarray(x).view()
     view.flags.writeable = False
     return view
 
 
-def compiled(function):
+def compile_loop(function):
     """numba's compiler, which keeps what it made for the next start where there is a folder to keep it in."""
     options = {"parallel": True, "fastmath": {"reassoc", "contract"}}
     try:
@@ -127,8 +118,8 @@ def compiled(function):
         return numba.njit(**options)(function)
 
 
-@compiled
-def pair_cosines(xb, rows, xq, queries, dim):
+@compile_loop
+def multiply_pairs(xb, rows, xq, queries, dim):
     """-> [pairs] products of xb[rows] and xq[queries] on the first dim numbers, by the length of xb's: cosines up to
     the query's length, which does not change a query's order. Four pairs at a time hide the wait for memory."""
     cosine = np.empty(len(rows), np.float32)

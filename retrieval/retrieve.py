@@ -14,15 +14,15 @@ stopped. The notebooks call the same functions (stages.py).
 import argparse
 
 import pandas as pd
-from arrays import MODELS
+from indexes import INDEXES, STORES
 from metrics import KS
-from neighbors import INDEXES
-from report import in_per_cent, report, report_file, single_shot, write_table
-from stages import Task, reranked, score, scores, searched, serving_index
+from report import choose_sizes, format_table, report, report_file, write_table
+from stages import ensure_neighbors, ensure_reranked, ensure_serving_index, score, score_all
+from study import MODELS, Study, Task
 
-from mrl_files import command_line, file_path, number
+from mrl_files import bounded, command_line, file_path
 
-COUNT = number(int, 1)
+COUNT = bounded(int, 1)
 
 
 def arguments():
@@ -90,43 +90,43 @@ def add_index(command):
     command.add_argument("--retrieval_dim", type=COUNT, required=True)
     command.add_argument("--rerank_dim", type=COUNT, help="default: the full width")
     command.add_argument("--shortlist", type=COUNT, default=200, help="candidates re-ranked for k = 10 (%(default)s)")
-    command.add_argument("--storage", default="float32", choices=("float32", "float16"), help="(%(default)s)")
+    command.add_argument("--storage", default="float32", choices=STORES, help="(%(default)s)")
 
 
-def search_command(task, args):
+def search_command(study, args):
     """the k nearest neighbours at each size"""
-    for _, file in single_shot(task, args.sizes, lambda size: searched(task, size, args.k)):
-        print(file)
+    for size in choose_sizes(study, args.sizes):
+        print(ensure_neighbors(study, size, args.k))
 
 
-def rerank_command(task, args):
+def rerank_command(study, args):
     """adaptive retrieval: a shortlist re-ranked at a larger size"""
     for dim in args.rerank_dims:
-        print(reranked(task, args.retrieval_dim, [dim], [args.shortlist], args.k))
+        print(ensure_reranked(study, args.retrieval_dim, [dim], [args.shortlist], args.k))
 
 
-def funnel_command(task, args):
+def funnel_command(study, args):
     """funnel retrieval: ever shorter lists re-ranked at ever larger sizes"""
     for shortlists in args.shortlists:
-        print(reranked(task, args.retrieval_dim, args.rerank_dims, shortlists, args.k))
+        print(ensure_reranked(study, args.retrieval_dim, args.rerank_dims, shortlists, args.k))
 
 
-def metrics_command(task, args):
+def metrics_command(study, args):
     """mAP, precision, recall, top-k, MFLOPs and time of neighbour lists"""
-    rows = [score(task, file, args.ks) for file in args.lists] if args.lists else scores(task, args.ks)
+    rows = [score(study, file, args.ks) for file in args.lists] if args.lists else score_all(study, args.ks)
     table = pd.DataFrame(rows)
-    print(in_per_cent(table))
-    write_table(table, report_file(task, "metrics.csv"))
+    print(format_table(table))
+    write_table(table, report_file(study.task, "metrics.csv"))
 
 
-def report_command(task, args):
+def report_command(study, args):
     """the paper's study: all sizes, the adaptive grid, the funnels; tables and pictures"""
-    print(in_per_cent(report(task, args.index, args.sizes, args.shortlist)))
+    print(format_table(report(study, args.index, args.sizes, args.shortlist)))
 
 
-def index_command(task, args):
+def index_command(study, args):
     """adaptive retrieval as one FAISS index, to serve from"""
-    print(serving_index(task, args.retrieval_dim, args.rerank_dim, args.shortlist, args.storage)[0])
+    print(ensure_serving_index(study, args.retrieval_dim, args.rerank_dim, args.shortlist, args.storage)[0])
 
 
 COMMANDS = {"search": (search_command, add_search), "rerank": (rerank_command, add_rerank),
@@ -138,7 +138,7 @@ def main():
     args = arguments().parse_args()
     task = Task(**{name: getattr(args, name) for name in Task._fields if name != "index"},
                 index=args.index if isinstance(args.index, str) else args.index[0])
-    args.run(task, args)
+    args.run(Study(task), args)
 
 
 if __name__ == "__main__":

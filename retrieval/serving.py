@@ -8,7 +8,8 @@ FAISS can serve it.
 """
 import numpy as np
 from faiss_kernels import faiss
-from neighbors import EF_SEARCH, Zeros, build, check_sizes, new_index, read_index, unit
+from indexes import STORES, build, find_kind, find_parameters, read_index
+from neighbors import Zeros, check_size, unit
 
 from mrl_files import InputError
 
@@ -24,52 +25,44 @@ def adaptive_index(xb, retrieval_dim, rerank_dim=None, index="hnsw32", shortlist
     storage: float32 or float16, of the vectors that the second stage keeps (n * rerank_dim numbers in memory).
     file, record: as for neighbors.searcher.
     """
-    retrieval_dim = check_sizes(xb, retrieval_dim, index)
-    rerank_dim = check_sizes(xb, rerank_dim or xb.shape[1])
+    retrieval_dim = check_size(xb, retrieval_dim)
+    rerank_dim = check_size(xb, rerank_dim or xb.shape[1])
     if not K <= shortlist <= min(len(xb), 1000 * K):      # FAISS keeps it as a factor of k, from 1 to 1,000
         raise InputError(f"shortlist={shortlist} is not between {K} and {min(len(xb), 1000 * K)} "
                          f"(the database has {len(xb)} vectors)")
-    zeros = Zeros(retrieval_dim)
-    built = build(xb, lambda: new_adaptive_index(xb.shape[1], retrieval_dim, rerank_dim, index, shortlist, storage),
-                  lambda lo, rows: opposed(checked(rows, retrieval_dim, rerank_dim, first=lo, zeros=zeros),
-                                           retrieval_dim), file, record)
+    if storage not in STORES:
+        raise InputError(f"unknown storage {storage!r}: {', '.join(STORES)}")
+    kind, zeros = find_kind(index), Zeros(retrieval_dim)
+    built = build(xb, lambda: new_adaptive_index(xb.shape[1], retrieval_dim, rerank_dim, kind, shortlist, storage),
+                  lambda lo, rows: oppose_zeros(check_finite(rows, retrieval_dim, rerank_dim, first=lo, zeros=zeros),
+                                                retrieval_dim), file, record)
     zeros.tell()
     return built
 
 
 def new_adaptive_index(width, retrieval_dim, rerank_dim, kind, shortlist, storage):
-    first = new_index(retrieval_dim, kind)
-    if kind != "exactl2":
-        first.hnsw.efSearch = max(shortlist, EF_SEARCH)
-    refine = faiss.IndexRefine(of_prefix(rerank_dim, first), vectors_kept_as(storage, rerank_dim))
+    first = kind.new(retrieval_dim, shortlist)
+    refine = faiss.IndexRefine(prepend_cut(rerank_dim, first), STORES[storage](rerank_dim))
     refine.k_factor = shortlist / K
     # Through bytes: the copy owns its parts, of which Python would free some too early.
-    return faiss.deserialize_index(faiss.serialize_index(of_prefix(width, refine)))
+    return faiss.deserialize_index(faiss.serialize_index(prepend_cut(width, refine)))
 
 
-def vectors_kept_as(storage, dim):
-    if storage == "float32":
-        return faiss.IndexFlatL2(dim)
-    if storage == "float16":
-        return faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_L2)
-    raise InputError(f"unknown storage {storage!r}: float32 or float16")
-
-
-def of_prefix(width, index):
+def prepend_cut(width, index):
     """An index on `width` numbers that cuts and normalises them for `index`."""
     whole = faiss.IndexPreTransform(faiss.NormalizationTransform(index.d), index)
     whole.prepend_transform(faiss.RemapDimensionsTransform(width, index.d, False))
     return whole
 
 
-def checked(x, *dims, what="the database", first=0, zeros=None):
+def check_finite(x, *dims, what="the database", first=0, zeros=None):
     """-> x as float32, if each row is finite on each prefix. zeros: counts those that are zero on the first."""
     for dim in dims:
         unit(x, dim, what, first, zeros if dim == dims[0] else None)
     return np.array(x, np.float32, order="C")
 
 
-def opposed(x, dim):
+def oppose_zeros(x, dim):
     """Make a prefix of zeros ever so slightly negative. FAISS normalises it: it is opposite to all features that are
     not negative, as a ReLU's, and found last."""
     x[~x[:, :dim].any(1), :dim] = -1e-15
@@ -91,10 +84,10 @@ def adaptive_search(index, xq, k, shortlist=200):
         raise InputError(f"the queries have {xq.shape[1]} dimensions, the index {index.d}")
     second = faiss.downcast_index(index.index)
     first = faiss.downcast_index(second.base_index)
-    queries = checked(xq, first.index.d, second.d, what="the queries")
-    graph = faiss.SearchParametersHNSW(efSearch=max(shortlist, EF_SEARCH))
+    queries = check_finite(xq, first.index.d, second.d, what="the queries")
+    parameters = find_parameters(first.index, shortlist)
     # FAISS cuts k * k_factor to an integer: the half keeps it from falling below the shortlist.
     refine = faiss.IndexRefineSearchParameters(
-        k_factor=(shortlist + 0.5) / k, base_index_params=faiss.SearchParametersPreTransform(index_params=graph))
+        k_factor=(shortlist + 0.5) / k, base_index_params=faiss.SearchParametersPreTransform(index_params=parameters))
     D, I = index.search(queries, k, params=faiss.SearchParametersPreTransform(index_params=refine))
     return np.where(I < 0, np.inf, D), I

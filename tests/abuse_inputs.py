@@ -200,12 +200,6 @@ def pictures(**sizes):
     return spoil
 
 
-def write_npz(path):
-    """np.load takes it, as it takes an .npy file."""
-    with open(path, "wb") as file:
-        np.savez(file, X=np.ones(3))
-
-
 def bomb(place):
     """A PNG of 100 bytes that says it is 60,000 x 60,000 pixels large."""
     make_tree(place.here / "tree", ["a"])

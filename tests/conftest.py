@@ -21,9 +21,20 @@ WARNINGS = ("error,ignore:The distutils package is deprecated:DeprecationWarning
 DISK = 4 << 30      # bytes; 2.3 GB were in use at most
 
 
-def pytest_configure():
+# Begun first, the slowest of them first, so that `--dist loadfile` does not end with one of them alone.
+SLOW = ["test_resume", "test_train_commands", "test_benchmarks", "test_trainer", "test_gpu_rehearsal", "test_abuse",
+        "test_inference_commands", "test_analysis_notebooks", "test_write_imagenet", "test_retrieve", "test_loaders"]
+
+
+def pytest_configure(config):
     """A shell makes what it starts in the background deaf to Ctrl-C, and so what that starts: the tests send it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.option.loadscopereorder = False      # xdist would begin with the files that have the most tests
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: i for i, name in enumerate(SLOW)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(SLOW)))
 
 
 def pytest_runtest_setup(item):

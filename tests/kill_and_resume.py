@@ -83,8 +83,8 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def main(runs, seed=0):
-    """-> number of runs whose weights differ from those of the run that nobody killed."""
+def main(runs, seed=0, kills=2):
+    """-> number of runs, each killed up to `kills` times, whose weights differ from those of the run left alone."""
     rng, differing = random.Random(seed), 0
     with tempfile.TemporaryDirectory() as name:
         logs = Path(name)
@@ -94,7 +94,7 @@ def main(runs, seed=0):
         for run in range(runs):
             folder = logs / f"run{run}"
             moments = []
-            while not moments or (moments[-1] != "finished" and len(moments) < 2):      # each run is killed up to twice
+            while not moments or (moments[-1] != "finished" and len(moments) < kills):
                 moments.append(kill_at_random(command(ffcv, logs, folder.name), folder, rng))
             if moments[-1] != "finished":
                 finish([sys.executable, "train_imagenet.py", f"--training.resume={folder}"])

@@ -36,7 +36,7 @@ def test_sizes_that_a_model_lacks_are_dashes(capsys):
 
 
 def test_two_of_a_kind_are_told_apart_by_path():
-    table = accuracy_table.tidy([RUNS[2], run("mrl", [8, 16], [0.1, 0.2], "runs/b/final_weights.pt")])
+    table = accuracy_table.tabulate([RUNS[2], run("mrl", [8, 16], [0.1, 0.2], "runs/b/final_weights.pt")])
     assert table.model.unique().tolist() == ["MRL", "MRL runs/b/final_weights.pt"]
 
 
@@ -50,7 +50,7 @@ def test_csv_and_plot(tmp_path):
 
 
 def test_plot_has_a_line_per_model():
-    axes = accuracy_table.plot(accuracy_table.tidy(RUNS), "title").axes[0]
+    axes = accuracy_table.plot(accuracy_table.tabulate(RUNS), "title").axes[0]
     drawn = {line.get_label(): (line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines}
     assert drawn["FF"] == ([8, 16], [25, 50]) and list(drawn) == ["FF", "MRL", "MRL-E"]
     assert drawn["MRL"][1] == pytest.approx([30, 60])

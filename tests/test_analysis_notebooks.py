@@ -9,7 +9,7 @@ import pytest
 import superclass
 import torch
 from conftest import ROOT
-from eval_sets import synsets
+from eval_sets import read_synsets
 from image_trees import make_run, make_tree
 
 FOLDER = ROOT / "model_analysis"
@@ -30,7 +30,7 @@ def imagenet(tmp_path_factory):
     """ImageNet's 1,000 classes and ImageNet-A's 200, an image each: -> (folder of images and run, the checkpoint)."""
     folder = tmp_path_factory.mktemp("imagenet")
     make_tree(folder / "val", superclass.classes())
-    make_tree(folder / "imagenet-a", synsets("imagenet_a_synsets.txt"))
+    make_tree(folder / "imagenet-a", read_synsets("imagenet_a_synsets.txt"))
     return folder, make_run(folder / "run", num_classes=1000, arch="shufflenet_v2_x0_5")
 
 

@@ -25,7 +25,7 @@ def clusters(n, seed, spread=1.2):
 def test_linear_probe_is_as_good_as_scikit_learns():
     (X, y), (xq, yq) = clusters(3000, 2), clusters(2000, 3)
     head = baselines.linear_probe(X, y, [2, 16], epochs=30, lr=1e-2, batch_size=256)
-    got = baselines.top1(head, xq, yq)
+    got = baselines.measure_top1(head, xq, yq)
     for size, accuracy in zip([2, 16], got, strict=True):
         expected = LogisticRegression().fit(X[:, :size], y).score(xq[:, :size], yq)
         assert accuracy == pytest.approx(expected, abs=0.01)
@@ -36,7 +36,7 @@ def test_truncated_classifier():
     rng = np.random.default_rng(0)
     weight, bias = torch.tensor(rng.standard_normal((6, 9))), torch.tensor(rng.standard_normal(6))
     x = torch.tensor(rng.standard_normal((4, 9)))
-    one, two, full = baselines.truncated(weight, bias, [1, 2, 9])(x)
+    one, two, full = baselines.truncate_classifier(weight, bias, [1, 2, 9])(x)
     torch.testing.assert_close(full, x @ weight.T + bias)
     U, S, Vh = np.linalg.svd(weight.numpy(), full_matrices=False)
     for rank, logits in ((1, one), (2, two)):
@@ -46,7 +46,7 @@ def test_truncated_classifier():
 
 def test_class_mean_is_nearest_centroid():
     X, y = clusters(400, 4, spread=0.6)
-    got = baselines.class_mean(X, y, [16], shots=3, seed=7)[0]
+    got = baselines.measure_class_means(X, y, [16], shots=3, seed=7)[0]
     # The same shots, found again: 3 random rows of each class, from one permutation.
     order = np.random.default_rng(7).permutation(400)
     support = np.concatenate([order[y[order] == label][:3] for label in range(5)])
@@ -58,7 +58,7 @@ def test_class_mean_is_nearest_centroid():
 
 def test_class_mean_needs_an_image_to_test():
     with pytest.raises(InputError, match=r"2 shots need more than 2 images of each class; class 1 has 2"):
-        baselines.class_mean(np.ones((5, 2), np.float32), np.array([0, 0, 0, 1, 1]), [2], 2)
+        baselines.measure_class_means(np.ones((5, 2), np.float32), np.array([0, 0, 0, 1, 1]), [2], 2)
 
 
 # ------------------------------------------------------------------------------------------------ command
@@ -79,25 +79,15 @@ def command(monkeypatch, words):
     baselines.main()
 
 
-def test_knn_command(tmp_path, monkeypatch, capsys):
+def test_v2_queries_are_classified_by_the_database_of_1k(tmp_path, monkeypatch):
     write_arrays(tmp_path)
-    command(monkeypatch, ["knn", "--arrays", tmp_path, "--model", "mrl1_e0_ff16"])
-    result = json.loads((tmp_path / "knn_dataset=1K_model=mrl1_e0_ff16.json").read_text())
-    (xb, yb), (xq, yq) = clusters(600, 2), clusters(200, 3)
-    for size, top1 in zip([4, 16], result["top1"], strict=True):
-        b, q = (x[:, :size] / np.linalg.norm(x[:, :size], axis=1, keepdims=True) for x in (xb, xq))
-        assert top1 == (yb[(q @ b.T).argmax(1)] == yq).mean()
-    assert result["sizes"] == [4, 16] and result["checkpoint"] == "0f"
-    assert f"{100 * result['top1'][1]:.2f}" in capsys.readouterr().out
-
-
-def test_v2_queries_search_the_database_of_1k(tmp_path, monkeypatch):
-    write_arrays(tmp_path)
+    flags = ["lp", "--arrays", tmp_path, "--model", "mrl1_e0_ff16", "--epochs", 1]
     for dataset in ("1K", "V2"):
-        command(monkeypatch, ["knn", "--arrays", tmp_path, "--model", "mrl1_e0_ff16", "--dataset", dataset])
-    one, two = (json.loads((tmp_path / f"knn_dataset={name}_model=mrl1_e0_ff16.json").read_text())["top1"]
+        command(monkeypatch, [*flags, "--dataset", dataset])
+    one, two = (json.loads((tmp_path / f"lp_dataset={name}_model=mrl1_e0_ff16.json").read_text())
                 for name in ("1K", "V2"))
-    assert one == two                                                     # the queries are the same here
+    assert one["top1"] == two["top1"]                                     # the queries are the same here
+    assert one["sizes"] == [4, 16] and one["checkpoint"] == "0f"          # those of a nested model
 
 
 def test_lp_and_ncm_commands(tmp_path, monkeypatch, capsys):
@@ -145,7 +135,7 @@ def test_svd_command(tmp_path, monkeypatch):
 
 def test_arrays_of_two_checkpoints_and_too_large_sizes_are_refused(tmp_path, monkeypatch):
     write_arrays(tmp_path)
-    flags = ["knn", "--arrays", tmp_path, "--model", "mrl1_e0_ff16"]
+    flags = ["lp", "--arrays", tmp_path, "--model", "mrl1_e0_ff16"]
     with pytest.raises(InputError, match="32 is more than the 16 dimensions"):
         command(monkeypatch, [*flags, "--sizes", 4, 32])
     (tmp_path / "1K_val_mrl1_e0_ff16-X.json").write_text('{"checkpoint": "1e"}')

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from classification import evaluate
-from eval_sets import CLASSIFICATION, HERE, RETRIEVAL, incomplete, lookup, open_set, synsets
+from eval_sets import CLASSIFICATION, HERE, RETRIEVAL, describe_gap, find_row, open_set, read_synsets
 from image_set import Preparation, make_loader
 from image_trees import SIZE, ColourReader, make_tree
 
 from mrl_files import InputError
 
-IMAGENET = synsets("imagenet_synsets.txt")
-A, R = synsets("imagenet_a_synsets.txt"), synsets("imagenet_r_synsets.txt")
+IMAGENET = read_synsets("imagenet_synsets.txt")
+A, R = read_synsets("imagenet_a_synsets.txt"), read_synsets("imagenet_r_synsets.txt")
 PREPARATION = Preparation(SIZE, SIZE)
 
 
@@ -25,14 +25,14 @@ PREPARATION = Preparation(SIZE, SIZE)
 ])
 def test_class_lists(file, n, sha256, positions):
     """To the byte as they were compared with their sources; the first positions are those the authors' code lists."""
-    path, listed = HERE / f"{file}_synsets.txt", synsets(f"{file}_synsets.txt")
+    path, listed = HERE / f"{file}_synsets.txt", read_synsets(f"{file}_synsets.txt")
     assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256
     assert len(set(listed)) == n and all(re.fullmatch(r"n\d{8}", synset) for synset in listed)
     assert positions is None or [IMAGENET.index(synset) for synset in listed[:4]] == positions
 
 
 def opened(name, root, num_classes=1000, table=CLASSIFICATION, split=None):
-    row = lookup(table, name)[1]
+    row = find_row(table, name)[1]
     return open_set(row[split] if split else row, num_classes, PREPARATION, root, any_classes=split is not None)
 
 
@@ -78,7 +78,7 @@ def test_subset_keeps_200_logits_in_synset_order(tmp_path):
 
 
 def test_4k_labels_are_positions_in_sorted_folders(tmp_path):
-    wnids = synsets("imagenet4k_synsets.txt")
+    wnids = read_synsets("imagenet4k_synsets.txt")
     assert len(wnids) == 4202 and wnids == sorted(wnids)
     for split in ("train", "val"):
         make_tree(tmp_path / "imagenet-4k" / split, wnids)
@@ -109,7 +109,7 @@ def test_some_of_imagenets_classes_keep_their_labels(tmp_path, table, name, spli
     assert images.labels.tolist() == list(range(3, 900, 100)) and images.subset is None
     assert accuracy(images) == [1, 0]
     assert images.path(1).parent.name == IMAGENET[103]
-    assert incomplete(CLASSIFICATION["V1"], images) == f"note: {tmp_path}/val holds 9 of 1,000 classes"
+    assert describe_gap(CLASSIFICATION["V1"], images) == f"note: {tmp_path}/val holds 9 of 1,000 classes"
     (tmp_path / "val/junk").mkdir()
     with pytest.raises(InputError, match=r"needs 1000 class folders, found 10 .*not of it junk"):
         opened(name, tmp_path, table=table, split=split)
@@ -118,7 +118,7 @@ def test_some_of_imagenets_classes_keep_their_labels(tmp_path, table, name, spli
 def test_for_a_checkpoint_of_as_many_classes_they_are_its_own(tmp_path):
     make_tree(tmp_path / "val", IMAGENET[3:900:100])
     images = opened("V1", tmp_path, num_classes=9)
-    assert images.labels.tolist() == list(range(9)) and incomplete(CLASSIFICATION["V1"], images) is None
+    assert images.labels.tolist() == list(range(9)) and describe_gap(CLASSIFICATION["V1"], images) is None
 
 
 def test_v2_is_embedded_by_a_checkpoint_of_any_classes(tmp_path):
@@ -149,17 +149,17 @@ def test_missing_set(tmp_path, monkeypatch):
 
 def test_unknown_name_lists_the_known():
     with pytest.raises(InputError, match=r"--dataset sketchy: unknown here; one of V1, V2, .*Sketch"):
-        lookup(CLASSIFICATION, "sketchy")
-    assert lookup(CLASSIFICATION, "SKETCH")[0] == "Sketch"
+        find_row(CLASSIFICATION, "sketchy")
+    assert find_row(CLASSIFICATION, "SKETCH")[0] == "Sketch"
 
 
 def test_a_set_that_lacks_images_is_noted(tmp_path):
     make_tree(tmp_path / "imagenet-a", A)
     make_tree(tmp_path / "val", ["a", "b"])
-    assert incomplete(CLASSIFICATION["A"], opened("A", tmp_path)) == \
+    assert describe_gap(CLASSIFICATION["A"], opened("A", tmp_path)) == \
         f"note: ImageNet-A has 7500 images, {tmp_path}/imagenet-a holds 200"
-    assert incomplete(CLASSIFICATION["A"]._replace(images=200), opened("A", tmp_path)) is None
-    assert incomplete(CLASSIFICATION["V1"], opened("V1", tmp_path, num_classes=2)) is None
+    assert describe_gap(CLASSIFICATION["A"]._replace(images=200), opened("A", tmp_path)) is None
+    assert describe_gap(CLASSIFICATION["V1"], opened("V1", tmp_path, num_classes=2)) is None
 
 
 def test_own_classes_are_taken_as_they_are_but_counted(tmp_path):

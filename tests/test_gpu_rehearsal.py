@@ -106,7 +106,7 @@ def alone(rehearsal):
         "classified": r.infer("--tta", "--save_logits", "--save_softmax", "--save_predictions", "--save_gt",
                               "--device", "cuda:1", "--output", r.folder / "outputs"),
         "embedded": r.infer("--retrieval", "--device", "cuda:1", "--retrieval_array_path", r.folder / "arrays"),
-        "knn": r.compare("knn"), "lp": r.compare("lp", "--epochs", 1),
+        "lp": r.compare("lp", "--epochs", 1),
         "searched": r.search("lists_cpu", "cpu"), "searched by torch": r.search("lists_torch", "cuda"),
         "built": ("stand_in_gpus.build_faiss_for_gpus", []), "searched by faiss": r.search("lists_faiss", "auto")})
 

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import cache
 from types import SimpleNamespace
 
 import image_set
@@ -16,11 +17,11 @@ import pytorch_inference
 import torch
 import which_model
 from conftest import ROOT, free_port, with_python
-from eval_sets import synsets
+from eval_sets import read_synsets
 from image_set import ImageSet, Preparation
 from image_trees import make_run, make_tree
 from PIL import Image
-from pytorch_inference import arguments
+from pytorch_inference import parse_arguments
 
 from mrl_files import InputError
 from mrl_models import build_model, load_model
@@ -28,6 +29,12 @@ from mrl_models import build_model, load_model
 SMALL = ["--resize", "8", "--crop", "8", "--workers", "0", "--batch_size", "64", "--device", "cpu"]
 DIGITS = [str(i) for i in range(10)]
 DIGITS_1000 = [str(i) for i in range(1000)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """trained("mrl") -> final_weights.pt of a run with that head, made once."""
+    return cache(lambda head, **settings: make_run(tmp_path_factory.mktemp(head), head, **settings))
 
 
 @pytest.fixture
@@ -54,8 +61,25 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_one_checkpoint_saves_everything(command, tmp_path, capsys):
-    path = make_run(tmp_path / "run", "mrl")
+def test_general_command_of_the_readme(tmp_path, monkeypatch, capsys):
+    """A bare MRL file with DDP's prefix, on ImageNet's 1,000 true folders."""
+    state = build_model("resnet18", "mrl").state_dict()
+    torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "final_weights.pt")
+    make_tree(tmp_path / "sketch", read_synsets("imagenet_synsets.txt"))
+    monkeypatch.setenv("IMAGENET_ROOT", str(tmp_path))
+    words = (f"--path {tmp_path}/final_weights.pt --dataset Sketch --mrl --tta --arch resnet18 --save_logits "
+             f"--save_softmax --save_gt --save_predictions --output {tmp_path}/out").split()
+    monkeypatch.setattr("sys.argv", ["pytorch_inference.py", *words, *SMALL])
+    pytorch_inference.main()
+    note, header = capsys.readouterr().out.splitlines()[:2]
+    assert note == f"note: ImageNet-Sketch has 50889 images, {tmp_path}/sketch holds 1000"
+    assert header == "Sketch: 1000 images, 1000 classes, tta True, mrl1_e0_ff512"
+    assert [name.rsplit("_")[-1] for name in names(tmp_path / "out") if name.endswith(".pth")] == \
+        ["dataset=Sketch.pth", "logits.pth", "predictions.pth", "softmax.pth"]
+
+
+def test_one_checkpoint_saves_everything(command, trained, capsys):
+    path = trained("mrl")
     out = command("--path", path, "--tta", "--save_logits", "--save_softmax", "--save_gt", "--save_predictions")
     stem = "mrl=True_efficient=False_ff=512_dataset=V1_tta=True"
     saved = {what: torch.load(out / f"{stem}_{what}.pth", mmap=True, weights_only=True)
@@ -81,12 +105,12 @@ def test_one_checkpoint_saves_everything(command, tmp_path, capsys):
     assert printed[-1] == f"figures, logits, softmax, gt, predictions written to {out}/"
 
 
-def test_mirrored_images_and_precision_reach_the_network(command, root, tmp_path):
+def test_mirrored_images_and_precision_reach_the_network(command, trained, root, tmp_path):
     """Images whose halves differ; what is saved against the network on x and on x mirrored."""
     rng = np.random.default_rng(0)
     for path in (root / "val").rglob("*.JPEG"):
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path, format="PNG")
-    path = make_run(tmp_path / "run", "ff8")
+    path = trained("ff8")
     x, y = map(torch.stack, zip(*[(image, torch.tensor(label)) for image, label in
                                   ImageSet(root / "val", DIGITS, None, Preparation(8, 8))], strict=True))
     with torch.no_grad():
@@ -107,10 +131,10 @@ def test_mirrored_images_and_precision_reach_the_network(command, root, tmp_path
     assert (found["bf16"][0] != half).float().mean() > 0.9           # the ranking is not that of rounded logits
 
 
-def test_ff_models_beside_mrl_and_mrl_e(command, tmp_path, capsys):
+def test_ff_models_beside_mrl_and_mrl_e(command, trained, capsys):
     """Fixed-feature models of two sizes, MRL and MRL-E in one command: one table, one CSV file, one plot."""
     heads = ["ff8", "ff512", "mrl", "mrl_e"]
-    paths = [make_run(tmp_path / head, head) for head in heads]
+    paths = [trained(head) for head in heads]
     out = command("--path", *paths[:2], "--path", *paths[2:])
     assert "accuracy_dataset=V1_tta=False.png" in names(out) and len(names(out)) == 4 + 3
     table = pd.read_csv(out / "accuracy_dataset=V1_tta=False.csv")
@@ -122,15 +146,15 @@ def test_ff_models_beside_mrl_and_mrl_e(command, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[1].split() == ["model", "FF", "MRL", "MRL-E"]
 
 
-def test_outputs_of_two_ff_sizes_stand_side_by_side(command, tmp_path):
+def test_outputs_of_two_ff_sizes_stand_side_by_side(command, trained):
     for head in ("ff8", "ff512"):
-        out = command("--path", make_run(tmp_path / head, head), "--save_softmax")
+        out = command("--path", trained(head), "--save_softmax")
     assert [name for name in names(out) if name.endswith(".pth")] == [
         f"mrl=False_efficient=False_ff={size}_dataset=V1_tta=False_softmax.pth" for size in (512, 8)]
 
 
-def test_outputs_of_another_checkpoint_are_not_overwritten(command, tmp_path):
-    one, other = (make_run(tmp_path / f"run{seed}", "ff8", seed=seed) for seed in (0, 1))
+def test_outputs_of_another_checkpoint_are_not_overwritten(command, trained):
+    one, other = (trained("ff8", seed=seed) for seed in (0, 1))
     out = command("--path", one, "--save_predictions")
     before = (out / "mrl=False_efficient=False_ff=8_dataset=V1_tta=False_predictions.pth").read_bytes()
     with pytest.raises(InputError, match=r"checkpoint=.*--overwrite"):
@@ -144,8 +168,8 @@ def test_outputs_of_another_checkpoint_are_not_overwritten(command, tmp_path):
     assert len(list(out.glob("*accuracy*.json"))) == 2                    # figures of both are kept
 
 
-def test_figures_of_other_settings_or_images_are_not_replaced(command, root, tmp_path):
-    path = make_run(tmp_path / "run", "ff8")
+def test_figures_of_other_settings_or_images_are_not_replaced(command, trained, root, tmp_path):
+    path = trained("ff8")
     out = command("--path", path)
     figures = next(out.glob("*_accuracy_*.json"))
     before = json.loads(figures.read_text())
@@ -161,8 +185,8 @@ def test_figures_of_other_settings_or_images_are_not_replaced(command, root, tmp
     assert json.loads(figures.read_text())["n"] == 30
 
 
-def test_a_table_of_other_checkpoints_is_not_replaced(command, tmp_path):
-    one, two, other = (make_run(tmp_path / head, head) for head in ("ff8", "ff16", "ff32"))
+def test_a_table_of_other_checkpoints_is_not_replaced(command, trained):
+    one, two, other = (trained(head) for head in ("ff8", "ff16", "ff32"))
     out = command("--path", one, two)
     table = out / "accuracy_dataset=V1_tta=False.csv"
     before = table.read_bytes()
@@ -175,8 +199,8 @@ def test_a_table_of_other_checkpoints_is_not_replaced(command, tmp_path):
         command("--path", one, two)
 
 
-def test_files_of_the_original_are_not_replaced(command, tmp_path):
-    path, gt = make_run(tmp_path / "run", "ff8"), tmp_path / "out" / "gt_dataset=V1.pth"
+def test_files_of_the_original_are_not_replaced(command, trained, tmp_path):
+    path, gt = trained("ff8"), tmp_path / "out" / "gt_dataset=V1.pth"
     gt.parent.mkdir()
     torch.save(torch.zeros(3), gt)
     with pytest.raises(InputError, match=r"gt_dataset=V1.pth: nothing beside it says"):
@@ -186,25 +210,24 @@ def test_files_of_the_original_are_not_replaced(command, tmp_path):
     assert len(torch.load(gt)) == 20
 
 
-def test_all_checkpoints_are_checked_before_the_first_is_evaluated(command, tmp_path):
-    paths = [make_run(tmp_path / head, head) for head in ("ff8", "mrl")]
+def test_all_checkpoints_are_checked_before_the_first_is_evaluated(command, trained, tmp_path):
+    paths = [trained(head) for head in ("ff8", "mrl")]
     with pytest.raises(InputError, match=r"nope.pt: No such file"):
         command("--path", *paths, tmp_path / "nope.pt")
-    make_run(tmp_path / "other classes", "ff8", num_classes=9)
     with pytest.raises(InputError, match=r"10 class folders, the checkpoint 9"):
-        command("--path", *paths, tmp_path / "other classes" / "final_weights.pt")
+        command("--path", *paths, trained("ff8", num_classes=9))
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match=r"two of them would write .*mrl0_e0_ff8; give them an --retrieval_array_path"):
-        command("--path", paths[0], make_run(tmp_path / "twin", "ff8", seed=1), "--retrieval",
+        command("--path", paths[0], trained("ff8", seed=1), "--retrieval",
                 "--retrieval_array_path", tmp_path / "arrays")
     assert not (tmp_path / "arrays").exists()
 
 
-def test_restricted_set(command, tmp_path):
+def test_restricted_set(command, trained, tmp_path):
     """ImageNet-A: softmax [G, N, 200], and the labels are positions among the 200."""
-    wnids = synsets("imagenet_a_synsets.txt")
+    wnids = read_synsets("imagenet_a_synsets.txt")
     make_tree(tmp_path / "sets" / "imagenet-a", wnids)
-    out = command("--path", make_run(tmp_path / "run", "ff8", num_classes=1000), "--dataset", "a", "--save_softmax",
+    out = command("--path", trained("ff8", num_classes=1000), "--dataset", "a", "--save_softmax",
                   "--save_gt", data_root=tmp_path / "sets")
     softmax = torch.load(out / "mrl=False_efficient=False_ff=8_dataset=A_tta=False_softmax.pth", weights_only=True)
     assert softmax.shape == (1, 200, 200)
@@ -213,12 +236,12 @@ def test_restricted_set(command, tmp_path):
     assert json.loads((out / "gt_dataset=A.json").read_text())["classes"] == wnids
 
 
-def test_some_of_imagenets_classes_for_a_checkpoint_of_all(command, tmp_path, capsys):
+def test_some_of_imagenets_classes_for_a_checkpoint_of_all(command, trained, tmp_path, capsys):
     """Imagenette: outputs over all 1,000 logits, true classes and embeddings' labels as positions among the 1,000."""
-    wnids = synsets("imagenet_synsets.txt")[5:1000:100]
+    wnids = read_synsets("imagenet_synsets.txt")[5:1000:100]
     for split in ("train", "val"):
         make_tree(tmp_path / "imagenette" / split, wnids)
-    path, arrays = make_run(tmp_path / "run", "ff8", num_classes=1000), tmp_path / "arrays"
+    path, arrays = trained("ff8", num_classes=1000), tmp_path / "arrays"
     out = command("--path", path, "--save_gt", "--save_logits", data_root=tmp_path / "imagenette")
     assert f"note: {tmp_path}/imagenette/val holds 10 of 1,000 classes" in capsys.readouterr().out.splitlines()
     logits, gt = (torch.load(next(out.glob(name)), weights_only=True) for name in ("*_logits.pth", "gt_*.pth"))
@@ -228,10 +251,10 @@ def test_some_of_imagenets_classes_for_a_checkpoint_of_all(command, tmp_path, ca
         assert np.load(arrays / f"1K_{split}_mrl0_e0_ff8-y.npy").tolist() == gt.tolist()
 
 
-def test_unreadable_image_is_named_or_left_out(command, root, tmp_path, capsys):
+def test_unreadable_image_is_named_or_left_out(command, trained, root, tmp_path, capsys):
     (root / "val" / "3" / "3_0.JPEG").unlink()
     (root / "val" / "3" / os.fsdecode(b"3_\xff.JPEG")).write_bytes(b"no image")      # nor is its name UTF-8
-    path = make_run(tmp_path / "run", "ff8")
+    path = trained("ff8")
     with pytest.raises(InputError, match=r"3/3_\\xff.JPEG"):
         command("--path", path)
     out = command("--path", path, "--skip_bad_images", "--save_gt")
@@ -244,8 +267,8 @@ def test_unreadable_image_is_named_or_left_out(command, root, tmp_path, capsys):
     assert len(torch.load(out / "gt_dataset=V1.pth", weights_only=True)) == 19
 
 
-def test_retrieval_writes_database_and_queries(command, tmp_path, capsys):
-    path, arrays = make_run(tmp_path / "run", "mrl_e"), tmp_path / "arrays"
+def test_retrieval_writes_database_and_queries(command, trained, tmp_path, capsys):
+    path, arrays = trained("mrl_e"), tmp_path / "arrays"
     command("--path", path, "--retrieval", "--dataset", "1k", "--retrieval_array_path", arrays)
     assert names(arrays) == [f"1K_{split}_mrl1_e1_ff512-{end}" for split in ("train", "val")
                              for end in ("X.json", "X.npy", "y.npy")]
@@ -258,21 +281,14 @@ def test_retrieval_writes_database_and_queries(command, tmp_path, capsys):
     assert "1K_train_mrl1_e1_ff512-X.npy: 30 x 512 float32" in capsys.readouterr().out
 
 
-def test_ff16_embeddings_are_16_wide(command, tmp_path):
-    command("--path", make_run(tmp_path / "run", "ff16"), "--retrieval", "--retrieval_array_path", tmp_path / "arrays")
+def test_ff16_embeddings_are_16_wide(command, trained, tmp_path):
+    command("--path", trained("ff16"), "--retrieval", "--retrieval_array_path", tmp_path / "arrays")
     assert np.load(tmp_path / "arrays" / "1K_val_mrl0_e0_ff16-X.npy").shape == (20, 16)
 
 
-def test_v2_writes_queries_only(command, tmp_path):
-    make_tree(tmp_path / "sets" / "imagenetv2-matched-frequency-format-val", DIGITS_1000)
-    command("--path", make_run(tmp_path / "run", "ff8"), "--retrieval", "--dataset", "V2",
-            "--retrieval_array_path", tmp_path / "arrays", data_root=tmp_path / "sets")
-    assert names(tmp_path / "arrays") == [f"V2_val_mrl0_e0_ff8-{end}" for end in ("X.json", "X.npy", "y.npy")]
-
-
-def test_random_sample_of_database_and_queries(command, tmp_path):
+def test_random_sample_of_database_and_queries(command, trained, tmp_path):
     """Of both, as the original; a split that has no more is embedded whole."""
-    path = make_run(tmp_path / "run", "ff8")
+    path = trained("ff8")
     for n, sizes in ((12, [12, 12]), (25, [25, 20])):
         arrays = tmp_path / str(n)
         command("--path", path, "--retrieval", "--random_sample_dim", n, "--storage", "fp16", "--retrieval_array_path",
@@ -281,17 +297,19 @@ def test_random_sample_of_database_and_queries(command, tmp_path):
         assert [X.shape for X in found] == [(size, 8) for size in sizes] and found[0].dtype == np.float16
 
 
-def test_random_sample_of_a_set_of_queries_only(command, tmp_path):
-    make_tree(tmp_path / "sets" / "imagenetv2-matched-frequency", DIGITS_1000)
-    command("--path", make_run(tmp_path / "run", "ff8"), "--retrieval", "--dataset", "V2", "--random_sample_dim", 7,
+def test_v2_has_queries_only(command, trained, tmp_path):
+    """A random sample of them, as the original."""
+    make_tree(tmp_path / "sets" / "imagenetv2-matched-frequency-format-val", DIGITS_1000)
+    command("--path", trained("ff8"), "--retrieval", "--dataset", "V2", "--random_sample_dim", 7,
             "--retrieval_array_path", tmp_path / "arrays", data_root=tmp_path / "sets")
+    assert names(tmp_path / "arrays") == [f"V2_val_mrl0_e0_ff8-{end}" for end in ("X.json", "X.npy", "y.npy")]
     assert np.load(tmp_path / "arrays" / "V2_val_mrl0_e0_ff8-X.npy").shape == (7, 8)
 
 
 @pytest.mark.parametrize("head, flags", [("mrl", ["--mrl"]), ("mrl_e", ["--mrl", "--efficient"])])
-def test_rep_size_cuts_a_nested_models_embeddings(command, tmp_path, head, flags):
+def test_rep_size_cuts_a_nested_models_embeddings(command, trained, tmp_path, head, flags):
     """The first 64 numbers, named ff64, as the original wrote them."""
-    path, arrays = make_run(tmp_path / "run", head), tmp_path / "arrays"
+    path, arrays = trained(head), tmp_path / "arrays"
     command("--path", path, "--retrieval", "--retrieval_array_path", arrays)
     command("--path", path, *flags, "--rep_size", 64, "--retrieval", "--retrieval_array_path", arrays)
     name = f"1K_val_mrl1_e{len(flags) - 1}_ff"
@@ -301,8 +319,8 @@ def test_rep_size_cuts_a_nested_models_embeddings(command, tmp_path, head, flags
     assert (about["dim"], about["nesting_list"]) == (64, [8, 16, 32, 64])
 
 
-def test_embeddings_are_cut_between_two_sizes_too_but_not_past_the_last(command, tmp_path):
-    path, words = make_run(tmp_path / "run", "mrl"), ["--mrl", "--retrieval", "--retrieval_array_path",
+def test_embeddings_are_cut_between_two_sizes_too_but_not_past_the_last(command, trained, tmp_path):
+    path, words = trained("mrl"), ["--mrl", "--retrieval", "--retrieval_array_path",
                                                       tmp_path / "arrays"]
     command("--path", path, "--rep_size", 20, *words)
     about = json.loads((tmp_path / "arrays" / "1K_train_mrl1_e0_ff20-X.json").read_text())
@@ -311,8 +329,8 @@ def test_embeddings_are_cut_between_two_sizes_too_but_not_past_the_last(command,
         command("--path", path, "--rep_size", 513, *words)
 
 
-def test_rep_size_does_not_cut_a_nested_models_accuracies(command, tmp_path, capsys):
-    path = make_run(tmp_path / "run", "mrl")
+def test_rep_size_does_not_cut_a_nested_models_accuracies(command, trained, capsys):
+    path = trained("mrl")
     out = command("--path", path, "--mrl", "--rep_size", 64)
     assert json.loads(next(out.glob("*accuracy*.json")).read_text())["nesting_list"][-1] == 512
     assert f"warning: --rep_size 64 does nothing here: {path} is evaluated" in capsys.readouterr().err
@@ -321,7 +339,7 @@ def test_rep_size_does_not_cut_a_nested_models_accuracies(command, tmp_path, cap
 
 
 @pytest.mark.parametrize("arch, crop", [("vit_b_16", 192), ("alexnet", 32)])
-def test_a_crop_that_the_network_does_not_take(command, tmp_path, monkeypatch, arch, crop):
+def test_a_crop_that_the_network_does_not_take(command, monkeypatch, arch, crop):
     """The line of training, before any image is read; the network is not built with weights, which takes seconds."""
     with torch.device("meta"):
         model = build_model(arch, "ff8", num_classes=10)
@@ -331,10 +349,10 @@ def test_a_crop_that_the_network_does_not_take(command, tmp_path, monkeypatch, a
             command("--path", "w.pt", "--resize", 256, "--crop", crop, *words)
 
 
-def test_a_worker_that_the_system_ends_is_one_line(command, tmp_path, monkeypatch):
+def test_a_worker_that_the_system_ends_is_one_line(command, trained, tmp_path, monkeypatch):
     """As the kernel does where memory is short."""
     monkeypatch.setattr(image_set, "read_rgb", lambda _: os.kill(os.getpid(), signal.SIGKILL))
-    path = make_run(tmp_path / "run", "ff8")
+    path = trained("ff8")
     for words in ([], ["--retrieval", "--retrieval_array_path", tmp_path / "arrays"]):
         with pytest.raises(InputError, match=r"was ended, most often because memory ran out \(.*fewer --workers or a"):
             command("--path", path, "--workers", 1, *words)
@@ -348,7 +366,7 @@ def test_the_chosen_gpu_is_the_current_one(monkeypatch, flag, rank, current):
     chosen = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
-    monkeypatch.setattr(processes, "device_named", torch.device)
+    monkeypatch.setattr(processes, "find_device", torch.device)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
     if rank is not None:
         monkeypatch.setenv("WORLD_SIZE", "4")
@@ -357,10 +375,10 @@ def test_the_chosen_gpu_is_the_current_one(monkeypatch, flag, rank, current):
     assert chosen == current
 
 
-def test_database_and_queries_must_have_the_same_classes(command, root, tmp_path):
+def test_database_and_queries_must_have_the_same_classes(command, trained, root):
     (root / "train" / "9").rename(root / "train" / "nine")
     with pytest.raises(InputError, match=r"train has no class folder 9, .*val has one \(2 such"):
-        command("--path", make_run(tmp_path / "run", "ff8"), "--retrieval")
+        command("--path", trained("ff8"), "--retrieval")
 
 
 @pytest.mark.parametrize("words, message", [
@@ -373,9 +391,9 @@ def test_database_and_queries_must_have_the_same_classes(command, root, tmp_path
     (["--retrieval", "--rep_size", "16"], "head=ff16 was asked for, params.json beside it says ff8"),
     (["--nesting_list", "16", "8"], "nesting_list must hold increasing positive integers"),
 ])
-def test_bad_flags(command, tmp_path, words, message):
+def test_bad_flags(command, trained, words, message):
     with pytest.raises(InputError, match=message):
-        command("--path", make_run(tmp_path / "run", "ff8"), *words)
+        command("--path", trained("ff8"), *words)
 
 
 @pytest.mark.parametrize("words, says", [
@@ -386,10 +404,10 @@ def test_bad_flags(command, tmp_path, words, message):
     (["--save_gt", "--retrieval"], "--save_gt does nothing with --retrieval"),
     (["--nesting_list", "8,16"], "--nesting_list does nothing here: a fixed-feature model has one size"),
 ])
-def test_flags_that_do_nothing_are_warned_of(command, tmp_path, capsys, words, says):
+def test_flags_that_do_nothing_are_warned_of(command, trained, tmp_path, capsys, words, says):
     """The original ran on."""
     arrays = ["--retrieval_array_path", tmp_path / "arrays"] if "--retrieval" in words else []
-    command("--path", make_run(tmp_path / "run", "ff8"), *words, *arrays)
+    command("--path", trained("ff8"), *words, *arrays)
     assert [line for line in capsys.readouterr().err.splitlines() if "warning" in line] == [f"warning: {says}"]
     assert names(tmp_path / ("arrays" if arrays else "out")) and not (tmp_path / "a").exists()
 
@@ -397,50 +415,35 @@ def test_flags_that_do_nothing_are_warned_of(command, tmp_path, capsys, words, s
 @pytest.mark.parametrize("words", [["8,16"], ["8", "16"], ["8,", "16"]])
 def test_sizes_are_spelled_with_commas_or_spaces(monkeypatch, words):
     monkeypatch.setattr("sys.argv", ["pytorch_inference.py", "--path", "w.pt", "--nesting_list", *words])
-    assert arguments().nesting_list == [8, 16]
+    assert parse_arguments().nesting_list == [8, 16]
 
 
 def test_defaults(monkeypatch):
     """The original's, and what the README says."""
     monkeypatch.setattr("sys.argv", ["pytorch_inference.py", "--path", "w.pt"])
-    args = arguments()
+    args = parse_arguments()
     assert (args.resize, args.crop, args.batch_size, args.precision, args.storage) == (256, 224, 256, None, None)
     assert not (args.tta or args.skip_bad_images or args.overwrite or args.retrieval or args.old_ckpt)
 
 
 def test_amp_is_fp16(monkeypatch):
     monkeypatch.setattr("sys.argv", ["pytorch_inference.py", "--path", "w.pt", "--amp"])
-    assert arguments().precision == "fp16"
+    assert parse_arguments().precision == "fp16"
 
 
 @pytest.mark.parametrize("words", [["--amp", "--precision", "fp32"], ["--nesting_list", "8,x"]])
 def test_flags_that_argparse_refuses(monkeypatch, capsys, words):
     monkeypatch.setattr("sys.argv", ["pytorch_inference.py", "--path", "w.pt", *words])
     with pytest.raises(SystemExit):
-        arguments()
+        parse_arguments()
     assert words[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 # ------------------------------------------------------------------------------------------------ as a user runs them
 
-def test_general_command_of_the_readme(run, tmp_path):
-    """A bare MRL file with DDP's prefix, on ImageNet's 1,000 true folders, from inference/."""
-    state = build_model("resnet18", "mrl").state_dict()
-    torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "final_weights.pt")
-    make_tree(tmp_path / "sketch", synsets("imagenet_synsets.txt"))
-    done = run("inference", f"pytorch_inference.py --path {tmp_path}/final_weights.pt --dataset Sketch --mrl --tta "
-               f"--arch resnet18 --save_logits --save_softmax --save_gt --save_predictions --output {tmp_path}/out "
-               f"--resize 8 --crop 8 --workers 2", env={"IMAGENET_ROOT": str(tmp_path)})
-    note, header = done.stdout.splitlines()[:2]
-    assert note == f"note: ImageNet-Sketch has 50889 images, {tmp_path}/sketch holds 1000"
-    assert header == "Sketch: 1000 images, 1000 classes, tta True, mrl1_e0_ff512"
-    assert [name.rsplit("_")[-1] for name in names(tmp_path / "out") if name.endswith(".pth")] == \
-        ["dataset=Sketch.pth", "logits.pth", "predictions.pth", "softmax.pth"]
-
-
-def test_two_processes_write_the_same_files_as_one(run, command, root, tmp_path):
+def test_two_processes_write_the_same_files_as_one(trained, run, command, root, tmp_path):
     """torchrun --nproc_per_node 2, gloo, images in batches of 4: the bytes of a run of one process."""
-    path, flags = make_run(tmp_path / "run", "mrl"), ["--retrieval", "--batch_size", 4, "--retrieval_array_path"]
+    path, flags = trained("mrl"), ["--retrieval", "--batch_size", 4, "--retrieval_array_path"]
     command("--path", path, *flags, tmp_path / "one")
     run("inference", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "pytorch_inference.py",
                       *SMALL, "--data_root", root, "--path", path, *flags, tmp_path / "two"],
@@ -450,13 +453,13 @@ def test_two_processes_write_the_same_files_as_one(run, command, root, tmp_path)
     assert names(tmp_path / "one") == names(tmp_path / "two")
 
 
-def test_what_stops_one_process_stops_all_and_one_says_why(tmp_path, root):
+def test_what_stops_one_process_stops_all_and_one_says_why(trained, tmp_path, root):
     """The first of two finds the arrays of another checkpoint."""
     arrays = tmp_path / "arrays"
     arrays.mkdir()
     (arrays / "1K_val_mrl0_e0_ff8-X.json").write_text('{"checkpoint": "of another"}')
     command = [sys.executable, "pytorch_inference.py", *SMALL, "--data_root", root, "--path",
-               make_run(tmp_path / "run", "ff8"), "--retrieval", "--retrieval_array_path", arrays]
+               trained("ff8"), "--retrieval", "--retrieval_array_path", arrays]
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     both = [subprocess.Popen(list(map(str, command)), cwd=ROOT / "inference", stderr=subprocess.PIPE, text=True,
                              env=with_python(**group, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)]
@@ -466,25 +469,17 @@ def test_what_stops_one_process_stops_all_and_one_says_why(tmp_path, root):
     assert len(complaints) == 1 and "checkpoint=of another" in complaints[0] and "Traceback" not in said[0] + said[1]
 
 
-def test_refusals_are_one_line(refused, root, tmp_path):
-    (root / "val" / "3" / "3_0.JPEG").write_bytes(b"no image")
-    path = make_run(tmp_path / "run", "ff8")
-    line = refused("inference", f"pytorch_inference.py --path {path} --data_root {root} --output {tmp_path}/out "
-                   "--resize 8 --crop 8 --workers 2 --device cpu")
-    assert line.startswith("error: 1 unreadable image(s) in this batch: ") and "3_0.JPEG" in line
-
-
-def test_torchrun_is_refused_for_classification(command, tmp_path, monkeypatch):
+def test_torchrun_is_refused_for_classification(command, trained, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(InputError, match="torchrun splits the images for --retrieval only"):
-        command("--path", make_run(tmp_path / "run", "ff8"))
+        command("--path", trained("ff8"))
 
 
 @pytest.mark.gpu
-def test_inference_on_a_gpu_is_inference_on_the_cpu(command, tmp_path):
+def test_inference_on_a_gpu_is_inference_on_the_cpu(command, trained, tmp_path):
     """float32 to its rounding; half precision to its own; the same labels."""
-    path, found = make_run(tmp_path / "run", "mrl"), {}
+    path, found = trained("mrl"), {}
     for device, precision in (("cpu", "fp32"), ("cuda", "fp32"), ("cuda", "fp16")):
         out = tmp_path / f"{device} {precision}"
         command("--path", path, "--save_logits", "--device", device, "--precision", precision, "--output", out)

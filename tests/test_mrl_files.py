@@ -13,9 +13,9 @@ from conftest import ROOT
 
 from mrl_files import (
     InputError,
-    exact_labels,
+    check_labels,
     file_path,
-    json_says,
+    json_contains,
     locked,
     read_embeddings,
     read_json,
@@ -150,8 +150,8 @@ def test_json(tmp_path):
     assert read_json(tmp_path / "a.json") is None
     write_json(tmp_path / "a.json", {"sizes": [8, 16]})
     assert read_json(tmp_path / "a.json") == {"sizes": [8, 16]}
-    assert json_says(tmp_path / "a.json", {"sizes": (8, 16)}) and json_says(tmp_path / "a.json", {})
-    assert not json_says(tmp_path / "a.json", {"sizes": [8]}) and not json_says(tmp_path / "b.json", {})
+    assert json_contains(tmp_path / "a.json", {"sizes": (8, 16)}) and json_contains(tmp_path / "a.json", {})
+    assert not json_contains(tmp_path / "a.json", {"sizes": [8]}) and not json_contains(tmp_path / "b.json", {})
     for content in (b"", b"{", b"\xff\xfe"):
         (tmp_path / "a.json").write_bytes(content)
         with pytest.raises(InputError, match=r"a.json: not a JSON file"):
@@ -205,13 +205,13 @@ def test_labels_that_are_not_certain_are_refused(tmp_path, y, complaint):
 def test_labels_of_any_kind_are_exact_or_refused():
     true = np.arange(4202)
     for stored in (true, true.astype(np.float32), true.astype(np.uint16)):
-        labels = exact_labels(stored, "y.npy")
+        labels = check_labels(stored, "y.npy")
         assert labels.dtype == np.int64 and labels.tolist() == true.tolist()
-    assert exact_labels(np.arange(2048).astype(np.float16)[:, None], "y.npy").shape == (2048, 1)
+    assert check_labels(np.arange(2048).astype(np.float16)[:, None], "y.npy").shape == (2048, 1)
     merged = true.astype(np.float16)
     assert (merged.astype(int) != true).sum() == 1103                   # what the original's format lost
     with pytest.raises(InputError, match=r"y.npy: float16 labels up to 4200, .*merged classes"):
-        exact_labels(merged, "y.npy")
+        check_labels(merged, "y.npy")
     for wrong in (0.5, -1, np.nan, np.inf, "cat"):
         with pytest.raises(InputError, match="whole numbers"):
-            exact_labels(np.array([0, wrong] if wrong != "cat" else ["cat"]), "y.npy")
+            check_labels(np.array([0, wrong] if wrong != "cat" else ["cat"]), "y.npy")

@@ -1,8 +1,8 @@
 """neighbor_lists.py: names, reading the original's CSV, and lists that are made in resumable chunks."""
 import numpy as np
 import pytest
-from arrays import record_file
 from neighbor_lists import Recipe, list_file, list_files, parse_list_file, read_list, write_list
+from records import record_file
 
 from mrl_files import InputError, read_json, write_json
 

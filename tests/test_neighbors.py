@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import retrieval_world
 import torch
-from neighbors import search, searcher, torch_products, unit
+from indexes import INDEXES
+from neighbors import multiply_with_torch, search, searcher, unit
 from retrieval_world import assert_nearest, distances
 
 from mrl_files import InputError
@@ -20,7 +21,7 @@ def world():
     return xb, xq
 
 
-@pytest.mark.parametrize("index", neighbors.INDEXES)
+@pytest.mark.parametrize("index", INDEXES)
 @pytest.mark.parametrize("n, q, d", SHAPES)
 def test_every_index_and_size_equals_brute_force(index, n, q, d):
     xb, _, xq, _ = retrieval_world.world(n, q, d, seed=n)
@@ -39,7 +40,7 @@ def test_every_index_and_size_equals_brute_force(index, n, q, d):
 
 def test_the_whole_database_in_order():
     xb, _, xq, _ = retrieval_world.world(70, 5, 12)
-    for index in neighbors.INDEXES:
+    for index in INDEXES:
         D, I = search(xb, xq, 12, 70, index)
         assert_nearest(xb, xq, 12, I, D)
 
@@ -74,22 +75,11 @@ def test_one_block_at_a_time_is_in_memory(world):
             given.append(weakref.ref(block))
             yield lo, block
             del block
-    neighbors.exact(blocks(), xq, 5, "cpu")
+    neighbors.search_exactly(blocks(), xq, 5, "cpu")
     assert len(given) == 4
 
 
-@pytest.mark.parametrize("index", ["exactl2", "hnsw8"])
-def test_an_index_has_its_memory_before_it_grows(world, index):
-    empty = neighbors.new_index(16, index)
-    (store,) = neighbors.stores(empty)
-    neighbors.reserve(store, 1000)
-    before = int(store.codes.data())
-    for lo in range(0, 1000, 100):
-        empty.add(neighbors.unit(world[0][lo:lo + 100], 16))
-    assert int(store.codes.data()) == before and store.codes.size() == 1000 * 64
-
-
-@pytest.mark.parametrize("index", neighbors.INDEXES)
+@pytest.mark.parametrize("index", INDEXES)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_memory_maps_and_float16_are_searched_and_left_as_they_are(world, tmp_path, index, dtype):
     paths = [tmp_path / "xb.npy", tmp_path / "xq.npy"]
@@ -108,18 +98,18 @@ def test_torch_gives_the_same_as_faiss(world, rows, monkeypatch):
     xb, xq = world
     monkeypatch.setattr("neighbors.PRODUCTS", rows * 3)
     torch.set_float32_matmul_precision("high")                          # TF32 must not reach distances
-    S, I = torch_products(unit(xq, 16), unit(xb, 16), 30, "cpu")
+    S, I = multiply_with_torch(unit(xq, 16), unit(xb, 16), 30, "cpu")
     assert torch.get_float32_matmul_precision() == "highest"
     assert_nearest(xb, xq, 16, I, 2 - 2 * S)
 
 
 def test_on_a_gpu_faiss_is_used_where_it_can_and_torch_where_not(monkeypatch):
     monkeypatch.setattr("faiss.knn_gpu", lambda *of, **more: "faiss")
-    monkeypatch.setattr("neighbors.torch_products", lambda *of: "torch")
+    monkeypatch.setattr("neighbors.multiply_with_torch", lambda *of: "torch")
     found = {}
     for has in (None, "memory of a GPU"):
         monkeypatch.setattr("neighbors.gpu_faiss", lambda has=has: has)
-        found |= {(has is not None, k): neighbors.products(None, None, k, "cuda") for k in (2048, 2049)}
+        found |= {(has is not None, k): neighbors.multiply(None, None, k, "cuda") for k in (2048, 2049)}
     assert found == {(False, 2048): "torch", (False, 2049): "torch", (True, 2048): "faiss", (True, 2049): "torch"}
 
 
@@ -149,51 +139,6 @@ def test_one_query_equals_its_row_in_a_batch(world):
     np.testing.assert_allclose(alone, together, atol=2e-6)
 
 
-# ------------------------------------------------------------------------------------------------ files
-
-@pytest.mark.parametrize("index", neighbors.INDEXES)
-def test_an_index_is_kept_and_used_again_only_for_its_embeddings(world, tmp_path, index, monkeypatch):
-    xb, xq = world
-    file, other = tmp_path / "1K_16dim.index", xb[::-1].copy()
-    built = []
-    monkeypatch.setattr("neighbors.new_index", lambda *of: built.append(of) or new_index(*of))
-    first = searcher(xb, 16, index, file, {"database": "a"})(xq, 5)
-    again = searcher(xb, 16, index, file, {"database": "a"})(xq, 5)
-    assert len(built) == 1 and np.array_equal(first[1], again[1])
-    changed = searcher(other, 16, index, file, {"database": "b"})(xq, 5)
-    assert len(built) == 2 and (changed[1] == len(xb) - 1 - first[1]).mean() > 0.95
-
-
-new_index = neighbors.new_index
-
-
-def test_an_interrupted_index_is_completed(world, tmp_path, monkeypatch):
-    xb, _ = world
-    file = tmp_path / "1K_16dim.index"
-    monkeypatch.setattr("neighbors.ROWS", 1000)
-    monkeypatch.setattr("time.monotonic", iter(range(0, 100_000, 61)).__next__)     # each step is a minute
-    adds = []
-
-    def unit_until(x, dim, first, **options):
-        adds.append(first)
-        if adds == [0, 1000]:
-            raise KeyboardInterrupt
-        return unit(x, dim, first=first, **options)
-    monkeypatch.setattr("neighbors.unit", unit_until)
-    with pytest.raises(KeyboardInterrupt):
-        neighbors.built_index(xb, 16, "hnsw32", file, {"database": "a"})
-    assert neighbors.built_index(xb, 16, "hnsw32", file, {"database": "a"}).ntotal == 3000
-    assert adds == [0, 1000, 1000, 2000]
-
-
-def test_a_broken_index_file_is_refused(world, tmp_path):
-    file = tmp_path / "1K_16dim.index"
-    searcher(world[0], 16, "exactl2", file, {})
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(InputError, match=r"1K_16dim.index: not a complete FAISS index; delete it"):
-        searcher(world[0], 16, "exactl2", file, {})
-
-
 # ------------------------------------------------------------------------------------------------ bad input
 
 @pytest.fixture
@@ -219,7 +164,7 @@ def test_vectors_of_zeros_are_found_last_and_counted_once(features, capsys, opti
     assert capsys.readouterr().err.count("note: 2 of 3000 vectors of the database are zero in their first 16") == 1
 
 
-@pytest.mark.parametrize("index", neighbors.INDEXES)
+@pytest.mark.parametrize("index", INDEXES)
 def test_distances_are_2_less_2_cosines_where_a_vector_is_zero_too(world, index):
     """Features of any sign: to nothing is a vector of zeros the nearest. A query of zeros is equally far from all."""
     xb, xq = (np.concatenate([np.zeros((3, 64), np.float32), x[:500]]) for x in world)
@@ -246,7 +191,7 @@ def test_how_close_distances_may_be_told_apart(dim):
     assert 2e-7 < max(seen) < 5e-6
 
 
-@pytest.mark.parametrize("index", neighbors.INDEXES)
+@pytest.mark.parametrize("index", INDEXES)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_vectors_that_are_not_finite_are_named(world, index, value):
     xb, xq = (x.copy() for x in world)

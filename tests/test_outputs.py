@@ -116,7 +116,7 @@ def test_a_missing_file_names_the_command_that_makes_it(tmp_path, head, flags):
 def test_the_command_it_names_is_accepted(monkeypatch):
     command = outputs.inference_command({"head": "mrl_e", "dataset": "V1", "tta": True, "kind": "softmax"})
     monkeypatch.setattr("sys.argv", command.split()[4:])
-    args = pytorch_inference.arguments()
+    args = pytorch_inference.parse_arguments()
     assert args.mrl and args.efficient and args.tta and args.save_softmax and args.save_gt and args.dataset == "V1"
 
 

@@ -2,7 +2,8 @@
 import numpy as np
 import pytest
 import retrieval_world
-from neighbors import INDEXES, search
+from indexes import INDEXES
+from neighbors import search
 from retrieval_world import assert_nearest
 from serving import adaptive_index, adaptive_search, read_adaptive_index
 

@@ -16,14 +16,14 @@ import mrl_files
 import mrl_models
 
 
-def test_103_images_on_1_2_and_3_processes(tmp_path, run):
-    """The same counts and the same loss, though 103 divides by neither 2 nor 3 nor the batch."""
+def test_103_images_on_1_and_on_3_processes(tmp_path, run):
+    """The same counts and the same loss, though 103 divides by neither 3 nor the batch."""
     ffcv = kill_and_resume.make_data(tmp_path, 103)
     torch.manual_seed(0)
     model = mrl_models.build_model("resnet18", "mrl", num_classes=2, blurpool=False)
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     records = []
-    for processes in (1, 2, 3):
+    for processes in (1, 3):
         words = kill_and_resume.command(ffcv, tmp_path, f"on{processes}", "--training.eval_only=1",
                                         f"--training.path={tmp_path}/weights.pt", "--training.distributed=1",
                                         f"--dist.world_size={processes}", f"--dist.port={free_port()}",
@@ -32,9 +32,9 @@ def test_103_images_on_1_2_and_3_processes(tmp_path, run):
         record = json.loads((tmp_path / f"on{processes}/log").read_text())
         records.append({k: v for k, v in record.items() if k.startswith(("top", "val_loss", "val_images"))})
     assert records[0]["val_images"] == 103 and len({records[0][f"top_1_{d}"] for d in (8, 16, 32, 64, 512)}) > 1
-    for other in records[1:]:
-        for key, value in records[0].items():      # counts are whole numbers over 103: equal to the last bit
-            assert other[key] == value if not key.startswith("val_loss") else other[key] == pytest.approx(value)
+    alone, together = records
+    for key, value in alone.items():      # counts are whole numbers over 103: equal to the last bit
+        assert together[key] == value if not key.startswith("val_loss") else together[key] == pytest.approx(value)
 
 
 @pytest.fixture

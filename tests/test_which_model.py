@@ -1,5 +1,6 @@
 """Flags, names and shapes settle which model a file holds; golden logits come out of this script's own loading."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,13 +8,21 @@ import torch
 from classification import compute_logits
 from conftest import fill
 from image_trees import make_run
-from which_model import load, read_released_name
+from which_model import check_checkpoint, load_checkpoint, read_released_name
 
 from MRL import NESTING_LIST
 from mrl_files import InputError
 from mrl_models import build_model
 
 EVERY_SIZE = {"mrl": NESTING_LIST, "mrl_e": NESTING_LIST, "ff512": [512], "ff2048": [2048]}
+FLAGS = {"arch": None, "mrl": False, "efficient": False, "rep_size": None, "nesting_list": None, "old_ckpt": False,
+         "crop": 64}
+
+
+def load(path, **flags):
+    """By the flags of pytorch_inference.py."""
+    args = SimpleNamespace(**FLAGS | flags)
+    return load_checkpoint(path, check_checkpoint(path, args), args.old_ckpt)
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,7 @@
 params.json       settings, what build_model needs ("model"), versions, git revision, command, and the run's own number,
                   which its checkpoints carry too. Read by mrl_models.load_model.
 log               one JSON object an epoch.
-checkpoint.pt     everything needed to go on; checkpoint_previous.pt is the one before, kept until the new is complete.
-                  What stands there and is no checkpoint of this run becomes checkpoint_refused.pt.
+checkpoint.pt     everything needed to go on. The new one takes the old one's place in one step, when it is complete.
 final_weights.pt  the plain state dict. Read by inference/ and model_analysis/.
 """
 import os
@@ -18,10 +17,11 @@ from pathlib import Path
 import torch
 import torchvision
 
-from mrl_files import InputError, locked, read_json, reason, replacing, write_json
+from mrl_files import InputError, describe_error, locked, read_json, replacing, write_json
 
 FORMAT = "MRL training checkpoint 1"
-CURRENT, PREVIOUS, REFUSED = "checkpoint.pt", "checkpoint_previous.pt", "checkpoint_refused.pt"
+CURRENT = "checkpoint.pt"
+ANEW = "put a good copy there, or choose another --logging.name to begin anew"
 # A continued run may differ from its beginning in these sections and settings: they do not change its result, if the
 # data files are the same, moved elsewhere.
 FREE = ("data", "logging", "validation.batch_size", "dist.address", "dist.port", "training.resume",
@@ -78,12 +78,9 @@ def lock_folder(folder):
 
 
 def save(folder, state):
-    """Write checkpoint.pt; at every moment a complete checkpoint is on the disk under one of the two names."""
-    current = folder / CURRENT
-    with replacing(current) as temporary:
+    """Write checkpoint.pt: at every moment a complete one is on the disk."""
+    with replacing(folder / CURRENT) as temporary:
         write_through({"format": FORMAT, "run": run_number(folder), **state}, temporary)
-        if current.exists():
-            os.replace(current, folder / PREVIOUS)
     sync_folder(folder)
 
 
@@ -114,23 +111,11 @@ def run_number(folder):
 
 
 def restore(folder):
-    """-> the newest complete checkpoint, or None where none was made yet. One that is broken, or of another run, is
-    named and put aside, so that the next save does not put it in the place of a good one."""
+    """-> the run's checkpoint, or None where none was made yet; InputError for one that is broken or of another run."""
     for killed in folder.glob(".checkpoint*.pt"):          # half written
         killed.unlink()
-    found = [folder / name for name in (CURRENT, PREVIOUS) if (folder / name).exists()]
-    for path in found:
-        try:
-            state = read(path, run_number(folder))
-        except InputError as error:
-            print(f"warning: {error}" + ("; using the one before" if path != found[-1] else ""), file=sys.stderr)
-            continue
-        if path != found[0]:
-            os.replace(found[0], folder / REFUSED)
-        return state
-    if found:
-        raise InputError(f"{folder}: none of its checkpoints can be used; choose another --logging.name to begin anew")
-    return None
+    path = folder / CURRENT
+    return read(path, run_number(folder)) if path.exists() else None
 
 
 def read(path, run=None):
@@ -140,9 +125,9 @@ def read(path, run=None):
             damaged = archive.testzip()
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InputError(f"{path}: truncated or no checkpoint ({reason(error)})") from None
+        raise InputError(f"{path}: truncated or no checkpoint ({describe_error(error)}); {ANEW}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise InputError(f"{path}: damaged, or not a training checkpoint of this repository")
+        raise InputError(f"{path}: damaged, or not a training checkpoint of this repository; {ANEW}")
     if state.get("run") != run:
-        raise InputError(f"{path}: a checkpoint of another run")
+        raise InputError(f"{path}: a checkpoint of another run; {ANEW}")
     return state

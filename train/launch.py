@@ -3,11 +3,13 @@
     --training.distributed=1 --dist.world_size=2        this script starts the processes, as the original
     torchrun --nproc_per_node=2 train_imagenet.py ...   torchrun starts them; its environment wins
 """
+import math
 import os
 import re
 import signal
 import socket
 import sys
+import time
 import uuid
 from dataclasses import dataclass
 from inspect import signature
@@ -17,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from mrl_files import InputError, command_line, device_named, leave_group
+from mrl_files import InputError, command_line, find_device, leave_group
 
 FLAG = "--training.device"
 # After one process has ended, the others get this many seconds to end too: PyTorch would end them at once, and say so.
@@ -59,9 +61,8 @@ def torchrun_name():
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     if run_id != "none":
         return run_id
-    stat = Path(f"/proc/{os.getppid()}/stat").read_bytes()      # torchrun's
-    started = stat.decode(errors="replace").rsplit(")")[-1].split()[19]
-    return str(uuid.uuid5(uuid.NAMESPACE_OID, f"{socket.gethostname()} {os.getppid()} {started}"))
+    logs = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[2]      # its new folder .../none_<random>
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, str(logs)))
 
 
 def world_size(settings):
@@ -105,7 +106,7 @@ def launch(worker, settings, *args):
     if under_torchrun():
         run_worker(int(os.environ["LOCAL_RANK"]), worker, settings, *args)
     elif world_size(settings) == 1:
-        worker(Process(device=device_named(settings.training.device, FLAG)), settings, *args)
+        worker(Process(device=find_device(settings.training.device, FLAG)), settings, *args)
     else:
         spawn(worker, settings, *args)
 
@@ -119,7 +120,7 @@ def spawn(worker, settings, *args):
                                  join=False, start_method="spawn")
     # The processes stop by themselves when asked to (StopRequest); this one passes the word on and waits.
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda s, _: [os.kill(p.pid, signal.SIGTERM) for p in context.processes if p.is_alive()])
+        signal.signal(signum, lambda s, _: [os.kill(p.pid, s) for p in context.processes if p.is_alive()])
     try:
         while not context.join(**GRACE):
             pass
@@ -144,7 +145,7 @@ def run_worker(local_rank, worker, settings, *args):
     rank, size = int(os.environ["RANK"]) if under_torchrun() else local_rank, int(os.environ["WORLD_SIZE"])
     os.environ["LOCAL_RANK"] = str(local_rank)      # what NCCL takes as its device; a shell may have left another
     cuda = settings.training.device == "cuda"
-    device = device_named(f"cuda:{local_rank}" if cuda else "cpu", FLAG)
+    device = find_device(f"cuda:{local_rank}" if cuda else "cpu", FLAG)
     if cuda:
         torch.cuda.set_device(device)
     # gloo beside nccl: small messages between the hosts must not wait for the GPU's queue
@@ -176,19 +177,19 @@ def meeting_place(rank, size):
 class StopRequest:
     """Turns SIGTERM and Ctrl-C into a question that all processes answer alike: shall we stop after this step?
 
-    A second Ctrl-C ends the process at once. (SIGTERM often comes twice: to all processes, and passed on by what
-    started them.)
+    A second Ctrl-C, a second or more after the first, ends the process at once. (Signals often come twice: to all
+    processes of a terminal or a job, and passed on by what started them.)
     """
 
     def __init__(self, process):
-        self.alone, self.signum = process.alone, 0
+        self.alone, self.signum, self.first = process.alone, 0, math.inf
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.note)
 
     def note(self, signum, _):
-        self.signum = signum
-        if signum == signal.SIGINT:
-            signal.signal(signum, signal.SIG_DFL)
+        if signum == signal.SIGINT and time.monotonic() > self.first + 1:
+            raise KeyboardInterrupt
+        self.signum, self.first = signum, min(self.first, time.monotonic())
 
     def asked(self):
         """-> the signal's number, 0 if there was none. Every process must call it after the same steps."""
@@ -204,21 +205,6 @@ def total(process, tensor):
     if not process.alone:
         dist.all_reduce(tensor)
     return tensor
-
-
-def mean_of_each(world_size, bucket):
-    """DDP's mean over the processes, for each gradient by itself.
-
-    DDP deals the gradients into other buckets after a start's first step, and gloo's sums over three or more processes
-    depend on the place in a bucket: a resumed run would not be equal to the bit.
-    """
-    sums = [dist.all_reduce(gradient, async_op=True).get_future() for gradient in bucket.gradients()]
-
-    def mean(_):
-        for each in sums:
-            each.value()      # raises what went wrong, such as the end of another process
-        return bucket.buffer().div_(world_size)
-    return torch.futures.collect_all(sums).then(mean)
 
 
 def gather(process, item):

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from MRL import Matryoshka_CE_Loss
-from mrl_files import InputError, reason
+from mrl_files import InputError, describe_error
 from mrl_models import (
     build_from_spec,
     build_model,
@@ -72,7 +72,7 @@ def check_batch_size(model, settings):
         model(torch.empty(1, 3, pixels, pixels, device="meta"))
     except ValueError as error:
         raise InputError(f"--training.batch_size=1: is too small for {model.spec['arch']} at {pixels} pixels: "
-                         f"{reason(error)}") from None
+                         f"{describe_error(error)}") from None
 
 
 def relative_importance(settings):

@@ -11,7 +11,7 @@ import yaml
 from fastargs.exceptions import MissingValueError
 from fastargs.validation import Checker
 
-from mrl_files import InputError, file_path, reason
+from mrl_files import InputError, describe_error, file_path
 
 
 class FilePath(Checker):
@@ -70,7 +70,7 @@ def read_config(path, config):
     try:
         content = yaml.safe_load(Path(file_path(path)).read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:      # ValueError: not UTF-8; no such date
-        raise InputError(f"{path}: not YAML ({reason(error)})") from None
+        raise InputError(f"{path}: not YAML ({describe_error(error)})") from None
     if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
         raise InputError(f"{path}: expected sections of keys, as in rn50_configs/rn50_40_epochs.yaml")
     unknown = [f"{section}.{key}" for section in content for key in content[section]

@@ -13,7 +13,7 @@ from recipe import make_criterion, make_model, make_optimizer, train_mode
 from torch import nn
 from tqdm import tqdm
 
-from mrl_files import InputError, reason
+from mrl_files import InputError, describe_error
 from mrl_models import autocast, classify_in_float32, count, stack_logits
 
 SKIPS = 26                           # steps in a row that fp16 may skip: a healthy run skips a few at its beginning
@@ -45,11 +45,8 @@ class Trainer:
         torch.manual_seed(settings.training.seed + 1 + process.rank)      # dropout differs between processes
 
     def data_parallel(self):
-        if self.device.type == "cuda":
-            return nn.parallel.DistributedDataParallel(self.model, [self.device], gradient_as_bucket_view=True)
-        parallel = nn.parallel.DistributedDataParallel(self.model)
-        parallel.register_comm_hook(self.process.world_size, launch.mean_of_each)
-        return parallel
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(self.model, devices, gradient_as_bucket_view=True)
 
     # ---- training
 
@@ -220,7 +217,7 @@ class Trainer:
             self.load(state)
         except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"{self.folder / checkpoint.CURRENT}: is not of this run "
-                             f"({reason(error)})") from None
+                             f"({describe_error(error)})") from None
 
     def load(self, state):
         self.model.load_state_dict(state["model"])

@@ -28,7 +28,7 @@ from settings import PATH, read_settings
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
 
-from mrl_files import InputError, command_line, reason, replacing, write_json
+from mrl_files import InputError, command_line, describe_error, replacing, write_json
 from mrl_images import (
     check_same_classes,
     class_folders,
@@ -82,7 +82,7 @@ def open_dataset(cfg):
             return CIFAR10(cfg.data_dir, train=cfg.split == "train")
         dataset = ClassFolders(cfg.data_dir)
     except (RuntimeError, FileNotFoundError, InputError) as error:
-        raise InputError(f"--cfg.data_dir={cfg.data_dir}: {reason(error)}") from None
+        raise InputError(f"--cfg.data_dir={cfg.data_dir}: {describe_error(error)}") from None
     check_other_split(Path(cfg.data_dir).absolute(), dataset.classes)
     return dataset
 
@@ -115,7 +115,7 @@ class Readable(Dataset):
         except Exception as error:      # whatever a decoder makes of broken bytes
             with self.unreadable.get_lock():
                 self.unreadable.value += 1
-            print(f"unreadable: {printable(self.dataset.path(index))} ({reason(error)})", file=sys.stderr)
+            print(f"unreadable: {printable(self.dataset.path(index))} ({describe_error(error)})", file=sys.stderr)
             return Image.new("RGB", (1, 1)), 0
 
 

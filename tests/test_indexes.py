@@ -1,0 +1,72 @@
+"""indexes.py: how indexes are built, kept, completed and read again."""
+import numpy as np
+import pytest
+import retrieval_world
+from indexes import INDEXES, list_stores, read_index, reserve
+from neighbors import searcher, unit
+
+from mrl_files import InputError
+
+
+@pytest.fixture(scope="module")
+def world():
+    xb, _, xq, _ = retrieval_world.world(3000, 60, 64)
+    return xb, xq
+
+
+@pytest.mark.parametrize("index", ["exactl2", "hnsw8"])
+def test_an_index_has_its_memory_before_it_grows(world, index):
+    empty = INDEXES[index].new(16, 100)
+    (store,) = list_stores(empty)
+    reserve(store, 1000)
+    before = int(store.codes.data())
+    for lo in range(0, 1000, 100):
+        empty.add(unit(world[0][lo:lo + 100], 16))
+    assert int(store.codes.data()) == before and store.codes.size() == 1000 * 64
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_an_index_is_kept_and_used_again_only_for_its_embeddings(world, tmp_path, index, monkeypatch):
+    xb, xq = world
+    file, other = tmp_path / "1K_16dim.index", xb[::-1].copy()
+    built = []
+    kind = INDEXES[index]
+    monkeypatch.setitem(INDEXES, index, kind._replace(new=lambda *of: built.append(of) or kind.new(*of)))
+    first = searcher(xb, 16, index, file, {"database": "a"})(xq, 5)
+    again = searcher(xb, 16, index, file, {"database": "a"})(xq, 5)
+    assert len(built) == 1 and np.array_equal(first[1], again[1])
+    changed = searcher(other, 16, index, file, {"database": "b"})(xq, 5)
+    assert len(built) == 2 and (changed[1] == len(xb) - 1 - first[1]).mean() > 0.95
+
+
+def test_an_interrupted_index_is_completed(world, tmp_path, monkeypatch):
+    xb, _ = world
+    file = tmp_path / "1K_16dim.index"
+    monkeypatch.setattr("indexes.ROWS", 1000)
+    monkeypatch.setattr("time.monotonic", iter(range(0, 100_000, 61)).__next__)     # each step is a minute
+    adds = []
+
+    def unit_until(x, dim, first, **options):
+        adds.append(first)
+        if adds == [0, 1000]:
+            raise KeyboardInterrupt
+        return unit(x, dim, first=first, **options)
+    monkeypatch.setattr("neighbors.unit", unit_until)
+
+    def index():
+        searcher(xb, 16, "hnsw32", file, {"database": "a"})
+    with pytest.raises(KeyboardInterrupt):
+        index()
+    index()
+    assert read_index(file).ntotal == 3000
+    assert adds == [0, 1000, 1000, 2000]
+
+
+def test_a_broken_index_file_is_refused(world, tmp_path):
+    file = tmp_path / "1K_16dim.index"
+    searcher(world[0], 16, "exactl2", file, {})
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"1K_16dim.index: not a complete FAISS index; delete it"):
+        searcher(world[0], 16, "exactl2", file, {})

@@ -15,7 +15,6 @@ fi
 touch "$out/.mrl-demo"
 step() { echo; echo "== $* ($((SECONDS / 60)) min $((SECONDS % 60)) s)"; }
 SECONDS=0
-cores=$(nproc)
 
 step "printed characters as an ImageNet-style folder tree, then as .ffcv files"
 rm -rf "$out"/{images,images_odd,ffcv,runs,figures,figures_odd,arrays,retrieval,outputs}
@@ -33,8 +32,8 @@ train() {   # name of the run, head. Shows a line for each epoch; the tables of 
   [ "${PIPESTATUS[0]}" = 0 ] || { cat "$out/runs/$1.txt" >&2; exit 255; }      # 255: xargs starts no other
 }
 export -f train
-export out OMP_NUM_THREADS=$(((cores + 1) / 2))
-xargs -P 2 -L 1 bash -c 'train "$@"' train <<END
+export out
+OMP_NUM_THREADS=$((($(nproc) + 1) / 2)) xargs -P 2 -L 1 bash -c 'train "$@"' train <<END
 mrl --model.mrl=1
 mrl_e --model.efficient=1
 ff8 --model.fixed_feature=8
@@ -42,7 +41,6 @@ ff16 --model.fixed_feature=16
 ff32 --model.fixed_feature=32
 ff64 --model.fixed_feature=64
 END
-export OMP_NUM_THREADS=$cores
 
 cd inference
 size=(--resize 37 --crop 32 --workers 2)

@@ -1,9 +1,9 @@
-"""The demo's table and pictures, from the files that inference/ and retrieval/ left.
+"""The demo's tables and pictures, from the files that inference/ and retrieval/ left.
 
     python pictures.py demo_out
 
-Reads figures/accuracy_dataset=V1_tta=False.csv, 1K_mrl_report.csv, arrays/1K_*-X.npy and images/; writes table.csv,
-accuracy.png and neighbours.png.
+Reads figures/ and figures_odd/accuracy_dataset=V1_tta=False.csv, 1K_mrl_report.csv, arrays/1K_*-X.npy and images/;
+writes table.csv, table_odd.csv, accuracy.png and neighbours.png.
 """
 import argparse
 from pathlib import Path
@@ -16,37 +16,44 @@ from PIL import Image
 
 from mrl_files import command_line, file_path
 
-MODEL = "mrl1_e0_ff512"
-SHOWN = (2, 4, 8, 64)      # sizes in the picture of neighbours
+MODEL = "mrl1_e0_ff1024"
+SHOWN = (4, 8, 16, 64)      # sizes in the picture of neighbours
 QUERIES, NEIGHBOURS = 8, 4
-GAP = 0.3                  # before the neighbours of a size, in images
+GAP = 0.3                   # before the neighbours of a size, in images
+STYLES = {"FF": "ks", "MRL": "C0o-", "MRL-E": "C1^-", "MRL 1-NN": "C2v--"}
 
 
 def accuracies(folder):
-    """-> a data frame: rows = sizes, columns = top-1 of FF, MRL, MRL-E, and of MRL's nearest neighbour; fractions."""
-    top1 = pd.read_csv(folder / "figures/accuracy_dataset=V1_tta=False.csv")
-    table = top1.pivot(index="size", columns="model", values="top1")[["FF", "MRL", "MRL-E"]]
-    report = pd.read_csv(folder / "1K_mrl_report.csv").query("method == 'single-shot'")
-    return table.join(report.set_index("retrieval_dim").top1.rename("MRL 1-NN"))
+    """-> a data frame: rows = sizes, columns = top-1 of FF, MRL and MRL-E; fractions."""
+    top1 = pd.read_csv(folder / "accuracy_dataset=V1_tta=False.csv")
+    return top1.pivot(index="size", columns="model", values="top1")[["FF", "MRL", "MRL-E"]]
 
 
-def plot(table):
+def nearest_neighbour(folder):
+    """-> top-1 by size of the nearest neighbour on MRL's embeddings; fractions."""
+    report = pd.read_csv(folder / "1K_mrl_report.csv")
+    return report[report.method == "single-shot"].set_index("retrieval_dim").top1.rename("MRL 1-NN")
+
+
+def plot(ordinary, odd):
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for name, style in zip(table, ("ks", "o-", "^-", "v--"), strict=True):
-        ring = {"markersize": 12, "fillstyle": "none", "zorder": 3} if name == "FF" else {}      # the others lie inside
-        axes.plot(table[name].dropna() * 100, style, label=name, **ring)
+    for name, column in ordinary.items():
+        ring = {"markersize": 10, "fillstyle": "none", "zorder": 3} if name == "FF" else {}      # the others lie inside
+        axes.plot(column.dropna() * 100, STYLES[name], label=name, **ring)
+    axes.plot(odd["MRL"] * 100, "C0o:", fillstyle="none", label="MRL, brush, pixel and display typefaces")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(table.index)
+    axes.set_xticks(ordinary.index)
     axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.set(xlabel="representation size", ylabel="accuracy (%)", title="1,000 digits, never seen in training")
+    axes.set(xlabel="representation size", ylabel="accuracy (%)", ylim=(0, 100),
+             title="300 characters in typefaces never seen in training")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower right", fontsize=9)
     return figure
 
 
 def neighbours(folder):
-    """Some queries, and under each size their nearest database images; a red frame where the digit differs."""
+    """Some queries, and under each size their nearest database images; a red frame where the character differs."""
     (xb, yb), (xq, yq) = (read(folder, split) for split in ("train", "val"))
     database, query_images = (images(folder, split) for split in ("train", "val"))
     queries = hardest(xb, xq, yb, yq)
@@ -79,12 +86,11 @@ def images(folder, split):
 
 
 def hardest(xb, xq, yb, yq):
-    """Queries that the smallest size gets wrong and the largest right, one of each digit first."""
+    """Queries of different characters that the smallest size gets wrong and the largest right, evenly spread."""
     small, large = (yb[nearest(xb, xq, size)[:, 0]] == yq for size in (SHOWN[0], SHOWN[-1]))
     candidates = np.flatnonzero(~small & large)
     _, first = np.unique(yq[candidates], return_index=True)
-    order = np.concatenate([candidates[first], np.delete(candidates, first), np.arange(len(yq))])
-    return order[:QUERIES]
+    return candidates[first[np.linspace(0, len(first) - 1, QUERIES).round().astype(int)]]
 
 
 def nearest(xb, xq, size):
@@ -94,23 +100,29 @@ def nearest(xb, xq, size):
 
 
 def draw(axes, path, colour):
-    axes.imshow(Image.open(path))
+    axes.imshow(Image.open(path), cmap="gray", vmin=0, vmax=255)
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set(color=colour, linewidth=2)
+
+
+def show(title, table):
+    print(f"{title}\n{(100 * table).to_string(float_format='{:.1f}'.format, na_rep='-')}\n")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=file_path, help="what demo.sh made")
     folder = Path(parser.parse_args().folder)
-    table = accuracies(folder)
-    table.to_csv(folder / "table.csv", float_format="%.4f")
-    plot(table).savefig(folder / "accuracy.png", dpi=150)
+    ordinary, odd = accuracies(folder / "figures"), accuracies(folder / "figures_odd")
+    ordinary = ordinary.join(nearest_neighbour(folder))
+    ordinary.to_csv(folder / "table.csv", float_format="%.4f")
+    odd.to_csv(folder / "table_odd.csv", float_format="%.4f")
+    plot(ordinary, odd).savefig(folder / "accuracy.png", dpi=150)
     neighbours(folder).savefig(folder / "neighbours.png", dpi=150)
-    print("accuracy in per cent; FF is one model per size, MRL and MRL-E are one model each")
-    print((100 * table).to_string(float_format="{:.1f}".format, na_rep="-"))
-    print(f"\nwritten to {folder}: table.csv, accuracy.png, neighbours.png")
+    print("accuracy in per cent; FF is one model per size, MRL and MRL-E are one model each\n")
+    show("typefaces never seen in training", ordinary)
+    show("brush, pixel, display and handwritten typefaces", odd)
 
 
 if __name__ == "__main__":

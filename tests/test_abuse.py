@@ -296,7 +296,11 @@ TABLE = [
     Row("disk full", LEARN + " {saved}", r"policy\.json", file_limit=10),
 
     # -- the demo's own
-    Row("no folder named", "demo/prepare.py", "required"),
+    Row("no folder named", "demo/cut_kanji.py", "required"),
+    Row("another picture for the atlas", "demo/cut_kanji.py {here}/out --atlas {images}/val/class0/0.jpg",
+        "not drawn from this typefaces.tsv"),
+    Row("no fonts", "demo/make_kanji.py --fonts {here} --output {here}/out.png",
+        r"ipaexg\.ttf.*apt-get install fonts-aoyagi-kouzan-t .*fonts-yusei-magic$"),
     Row("nothing to draw", "demo/pictures.py {here}", r"bäd day/figures"),
 ]
 

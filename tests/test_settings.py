@@ -15,7 +15,7 @@ from mrl_files import InputError
 
 REQUIRED = ["--data.train_dataset=a", "--data.val_dataset=b", "--data.num_workers=1", "--data.in_memory=1",
             "--logging.folder=c"]
-YAMLS = [*sorted((ROOT / "train/rn50_configs").glob("*.yaml")), ROOT / "demo/digits.yaml"]
+YAMLS = [*sorted((ROOT / "train/rn50_configs").glob("*.yaml")), ROOT / "demo/kanji.yaml"]
 
 
 def read(monkeypatch, *words, required=REQUIRED):

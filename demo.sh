@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole idea on 13,200 real images, on any machine: images -> .ffcv -> checkpoints -> accuracy, embeddings -> pictures.
+# The whole idea on 13,200 real images, on any machine: images -> .ffcv -> checkpoints -> accuracy, embeddings, pictures.
 #
 #   ./demo.sh [FOLDER=demo_out]        6 minutes on 2 CPU cores after the set-up
 #

@@ -27,7 +27,7 @@ from mrl_files import (
 from mrl_models import find_weights, open_model
 
 FILES = WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-HEADS = {"mrl": "MRL: a classifier for each size", "mrl_e": "MRL-E: one classifier, read to each size"}
+KINDS = {"mrl": "MRL (a classifier for each size)", "mrl_e": "MRL-E (one classifier, read to each size)"}
 TEXT = """---
 library_name: pytorch
 pipeline_tag: image-classification
@@ -35,14 +35,9 @@ tags: [matryoshka]
 {license}---
 # {title}
 
-A {arch} with nested representations ([arXiv 2205.13147](https://arxiv.org/abs/2205.13147)): the first numbers of an
-embedding are an embedding too.
+{kind} on {arch}, as in Matryoshka Representation Learning ([arXiv 2205.13147](https://arxiv.org/abs/2205.13147)).
 
-| | |
-|---|---|
-| head | {head} |
-| sizes | {sizes} |
-| classes | {num_classes} |
+Sizes: {sizes}. Classes: {num_classes}.
 
 ## Accuracy
 
@@ -55,6 +50,8 @@ With the MRL repository installed (`pip install -e .` in it):
 ```python
 {use}
 ```
+
+Images are RGB, scaled to 0 … 1, then normalised by `mrl_models.MEAN` and `STD`.
 
 `model.safetensors` names the layers as torchvision and `MRL.py` do; `config.json` has the arguments of `build_model`.
 """
@@ -108,9 +105,9 @@ def read_figures(path, about):
 
 def write_card(spec, figures, args):
     """-> the text of README.md: a model card as the hub reads it."""
-    title = args.push or Path(args.output).name
+    title = args.push or Path(args.output).resolve().name
     return TEXT.format(license=f"license: {args.license}\n" if args.license else "", title=title, arch=spec["arch"],
-                       head=HEADS.get(spec["head"], f"the first {spec['head'][2:]} features"),
+                       kind=KINDS.get(spec["head"], "FF (a classifier on the first features)"),
                        sizes=", ".join(map(str, spec["nesting_list"])), num_classes=spec["num_classes"],
                        accuracy=tabulate(figures) if figures else "Not measured.",
                        use=(FROM_HUB if args.push else FROM_FOLDER).format(title))

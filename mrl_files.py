@@ -7,6 +7,7 @@
 import argparse
 import errno
 import fcntl
+import importlib
 import json
 import math
 import os
@@ -185,8 +186,9 @@ def check_labels(y, path):
 
 # What people have in a file's place: how it begins, what it is and what to do.
 AGAIN = "download the file itself again"
+SAFETENSORS = "a safetensors file: give it a name that ends in .safetensors"
 FOREIGN = {
-    rb"(?s).{4}\0{4}\{": "a safetensors file: read it with safetensors.torch.load_file and save that with torch.save",
+    rb"(?s).{4}\0{4}\{": SAFETENSORS,
     rb"version https://git-lfs": f"a git-LFS pointer, not the file: run git lfs pull in its repository, or {AGAIN}",
     rb"(\xef\xbb\xbf)?\s*<[!?A-Za-z]": f"a web page (HTML or XML): {AGAIN}",
     rb"\s*\{": f"a JSON text: if it is what a server answered, {AGAIN}",
@@ -226,6 +228,15 @@ def identify_zip(path):
     if not any(name.endswith("data.pkl") for name in names):
         return f"a zip archive of {names[0] if names else 'nothing'} ...: unpack it, or {AGAIN}"
     return None
+
+
+def import_extra(name, what):
+    """-> the module of a package that only `what` needs; InputError with pip's command where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        package = name.split(".")[0]
+        raise InputError(f"{what} needs a package: pip install {package}") from None
 
 
 def file_path(text):

@@ -9,6 +9,7 @@ import math
 import operator
 import pickle
 import re
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from MRL import FixedFeatureLayer, MRL_Linear_Layer
-from mrl_files import InputError, describe_error, file_path, identify_file, read_json
+from mrl_files import SAFETENSORS, InputError, describe_error, file_path, identify_file, import_extra, read_json
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # ImageNet's, of pixels in 0 ... 1
 
@@ -217,10 +218,12 @@ def autocast(device, precision):
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 def load_model(path, arch=None, head=None, nesting_list=None, old_ckpt=False):
-    """A trained model in eval mode, on the CPU.
+    """A trained model in eval mode, on the CPU. path: a file (.safetensors, else PyTorch's), or a folder: a run of
+    train/, or what inference/export.py wrote.
 
-    What each argument leaves None is read from `params.json` beside the file, else from the shapes in the file;
-    what neither settles is an InputError that names the argument, and so is an argument that contradicts the file.
+    What each argument leaves None is read from the JSON beside the file (params.json of a run, config.json of an
+    export), else from the shapes in the file; what neither settles is an InputError that names the argument, and so is
+    an argument that contradicts the file.
     old_ckpt: the layout of the authors' released files (MRL-E keeps its matrix under fc.weight).
     The file must hold exactly the model's keys and shapes, under whatever wrapper or prefix: see read_state_dict.
     """
@@ -237,7 +240,7 @@ def open_model(path, arch=None, head=None, nesting_list=None, old_ckpt=False):
     given = {k: v for k, v in {"arch": arch, "head": head, "nesting_list": nesting_list}.items() if v is not None}
     for key, value in given.items():
         if key in known and known[key] != value:
-            raise InputError(f"{path}: {key}={value} was asked for, params.json beside it says {known[key]}")
+            raise InputError(f"{path}: {key}={value} was asked for, {find_json(path).name} beside it says {known[key]}")
     if old_ckpt:
         state = modern_keys(path, state, (known | given).get("head"))
     spec = (known or shown_by_shapes(path, state, **given)) | given
@@ -257,11 +260,27 @@ def blank_model(path, spec):
         raise InputError(f"{path}: {error}") from None
 
 
+def find_weights(path):
+    """-> the file of weights that a path means: the path itself, or, of a folder, what export.py or train/ wrote."""
+    path = file_path(path)
+    inside = [str(Path(path, name)) for name in ("model.safetensors", "final_weights.pt") if Path(path, name).is_file()]
+    return inside[0] if inside else path
+
+
+def find_json(path):
+    """-> the JSON that says what weights are: an export's config.json, else a run's params.json (or where it would be).
+    """
+    weights = Path(find_weights(path))
+    shared = weights.with_name("config.json")
+    return shared if weights.suffix == ".safetensors" and shared.exists() else weights.with_name("params.json")
+
+
 def read_params(path):
-    """-> build_model's arguments as the params.json beside a checkpoint has them; {} where there is none."""
-    params = Path(file_path(path)).parent / "params.json"
+    """-> build_model's arguments as the JSON beside a checkpoint has them; {} where there is none. The original's
+    params.json, which the authors released with their files, holds settings under dotted names: it is passed over."""
+    params = find_json(path)
     content = read_json(params)
-    if content is None:
+    if content is None or (content and all("." in key for key in content)):
         return {}
     spec, kinds = content.get("model"), {"arch": str, "head": str, "nesting_list": list, "num_classes": int,
                                          "blurpool": bool, "feature_dim": int}
@@ -276,9 +295,12 @@ WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "network", "module
 
 def read_state_dict(path):
     """-> the plain state dict in a file: unwrapped, without the prefixes of what the network stood in."""
-    path = file_path(path)
+    path = find_weights(path)
+    if Path(path).is_dir():
+        raise InputError(f"{path}: this folder has no model.safetensors and no final_weights.pt")
+    read = choose_reader(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        content = read(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except Exception as error:
@@ -290,9 +312,20 @@ def read_state_dict(path):
     return without_prefixes(state)
 
 
+def choose_reader(path):
+    """-> the function that reads a file of weights. Neither maps the file: it may be replaced while it is used."""
+    if not path.endswith(".safetensors"):
+        return partial(torch.load, map_location="cpu", weights_only=True, mmap=False)
+    load = import_extra("safetensors.torch", f"{path}: reading it").load
+    return lambda path: load(Path(path).read_bytes())
+
+
 def why_unread(path, error):
-    """-> why torch.load refused a file."""
-    if what := identify_file(path):
+    """-> why a file could not be read."""
+    what = identify_file(path)
+    if what == SAFETENSORS and path.endswith(".safetensors"):
+        return f"not a complete safetensors file ({describe_error(error)})"
+    if what:
         return f"is {what}"
     if not isinstance(error, pickle.UnpicklingError) or "truncated" in str(error):
         return f"not a PyTorch checkpoint, or truncated ({describe_error(error)})"
@@ -352,10 +385,10 @@ def shown_by_shapes(path, state, arch=None, head=None, nesting_list=None):
     """build_model's arguments as far as keys and shapes show them; InputError where they do not."""
     if arch is None:
         raise Unsettled(f"{path}: no params.json beside it, and the architecture does not show in a file", "arch")
-    last = [v for v in state.values() if v.dim() == 2][-1:]
+    weights = find_nested_weights(state)
+    nested, last = [v.shape[1] for v in weights], weights[-1:] or find_plain_weight(path, state, arch)
     if not last:
         raise InputError(f"{path}: holds no linear classifier")
-    nested = [v.shape[1] for k, v in state.items() if re.search(r"\.nesting_classifier_\d+\.weight$", k)]
     of_one_size = head == "mrl" and nesting_list is not None and list(nesting_list) == nested
     head_shown = "mrl" if len(nested) > 1 or of_one_size else "mrl_e" if nested else f"ff{last[0].shape[1]}"
     if head is not None and head != head_shown:
@@ -371,6 +404,20 @@ def shown_by_shapes(path, state, arch=None, head=None, nesting_list=None):
         raise Unsettled(f"{path}: the sizes of an MRL-E model do not show in a file", "nesting_list")
     return {"arch": arch, "head": head_shown, "nesting_list": nesting_list, "num_classes": last[0].shape[0],
             "blurpool": any(k.endswith("blur_filter") for k in state)}
+
+
+def find_nested_weights(state):
+    """-> the nested classifiers' matrices, by their numbers: safetensors files do not keep the order."""
+    found = {int(m[1]): v for k, v in state.items() if (m := re.search(r"\.nesting_classifier_(\d+)\.weight$", k))}
+    return [found[i] for i in sorted(found)]
+
+
+def find_plain_weight(path, state, arch):
+    """-> [the classifier's matrix], under the architecture's name for it, else the last one; [] where there is none."""
+    with torch.device("meta"):
+        name = classifier(blank_model(path, {"arch": arch}))[0]
+    named = state.get(f"{name}.weight")
+    return [named] if named is not None and named.dim() == 2 else [v for v in state.values() if v.dim() == 2][-1:]
 
 
 def does_not_fit(model, state):

@@ -23,7 +23,7 @@ from which_model import load_checkpoint, open_checkpoint
 
 from MRL import FixedFeatureLayer, Matryoshka_CE_Loss, MRL_Linear_Layer
 from mrl_files import InputError, bounded, command_line, file_path, find_device, write_json
-from mrl_models import check_nesting_list, classifier, default_nesting_list
+from mrl_models import check_nesting_list, classifier, default_nesting_list, find_weights
 
 ROWS = 4096                                # evaluated at a time
 
@@ -164,7 +164,7 @@ def parse_arguments():
     parser.add_argument("--sizes", type=int, nargs="+", help="default: those of the model; for FF 8, 16 ... its width")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=file_path, help="folder for the figures (default: that of the arrays)")
-    parser.add_argument("--path", type=file_path, help="svd: the fixed-feature checkpoint")
+    parser.add_argument("--path", type=find_weights, help="svd: the fixed-feature checkpoint")
     parser.add_argument("--arch", help="svd: its architecture, where no params.json lies beside it (default resnet50)")
     parser.add_argument("--epochs", type=bounded(int, 1), default=10, help="lp")
     parser.add_argument("--lr", type=bounded(float, 0), default=1e-3, help="lp")

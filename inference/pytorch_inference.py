@@ -21,7 +21,7 @@ from image_set import name_dead_workers
 from processes import count_processes, start_device, warn
 
 from mrl_files import InputError, bounded, command_line, file_path, leave_group
-from mrl_models import check_nesting_list
+from mrl_models import check_nesting_list, find_weights
 
 positive = bounded(int, 1)
 
@@ -29,8 +29,8 @@ positive = bounded(int, 1)
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("--path", type=file_path, nargs="+", action="extend", required=True,
-                        help="checkpoint(s); several give a table")
+    parser.add_argument("--path", type=find_weights, nargs="+", action="extend", required=True,
+                        help="checkpoint(s), or folders of a run or of export.py; several give a table")
     parser.add_argument("--dataset", help=f"{', '.join(CLASSIFICATION)} (default V1); "
                                           f"with --retrieval {', '.join(RETRIEVAL)} (default 1K)")
     parser.add_argument("--data_root", type=file_path,
@@ -40,8 +40,7 @@ def parse_arguments():
     add_accuracy_flags(parser.add_argument_group("classification"))
     add_embeddings_flags(parser.add_argument_group("embeddings"))
     args = parser.parse_args()
-    if args.nesting_list:
-        args.nesting_list = check_nesting_list([size for word in args.nesting_list for size in word])
+    args.nesting_list = join_sizes(args.nesting_list)
     if args.resize < args.crop:
         raise InputError(f"--resize {args.resize} is smaller than --crop {args.crop}")
     return args
@@ -91,6 +90,11 @@ def add_embeddings_flags(group):
 def read_sizes(text):
     """"8" or, as train/ spells it, "8,16" -> a list."""
     return [int(size) for size in text.split(",") if size]
+
+
+def join_sizes(words):
+    """What --nesting_list has read -> its sizes; None where it was not given."""
+    return check_nesting_list([size for word in words for size in word]) if words else None
 
 
 def warn_of_idle_flags(args):

@@ -85,16 +85,21 @@ def read_head(path):
 
 
 def read_released_name(path):
-    """What a released file's name says: r50_mrl1_e0_ff2048.pt; "16start" in it or in its folder's name."""
+    """What the name of a released file says (r50_mrl1_e0_ff2048.pt), or that of its folder on the hub
+    (Imagenet1k_R50_mrl_e_16start, resnet18-ff512), in either of which "16start" is the smallest size."""
     path = Path(path)
-    match = re.search(r"r(\d+)_mrl([01])_e([01])_ff(\d+)", path.stem)
-    if not match:
+    match = (re.search(r"r(\d+)_mrl([01])_e([01])_ff(\d+)", path.stem)
+             or re.search(r"(?:_R|^resnet)(\d+)[_-](mrl)?(_e)?(?:ff(\d+))?", path.parent.name))
+    if not match or not any(match.groups()[1:]):
         return {}
     depth, nested, efficient, size = match.groups()
+    nested, efficient = nested in ("1", "mrl"), efficient in ("1", "_e")
     start = re.search(r"(\d+)start", f"{path.parent.name}/{path.stem}")
-    sizes = [d for d in NESTING_LIST if int(start[1]) <= d <= int(size)] if start else None
-    return {"arch": f"resnet{depth}", "head": name_head(nested == "1", efficient == "1", size),
-            "nesting_list": sizes if nested == "1" else None}
+    arch, head = f"resnet{depth}", name_head(nested, efficient, size)
+    if not nested or not start:
+        return {"arch": arch, "head": head, "nesting_list": None}
+    largest = int(size or feature_width(arch))
+    return {"arch": arch, "head": head, "nesting_list": [d for d in NESTING_LIST if int(start[1]) <= d <= largest]}
 
 
 def add_name(path, given):

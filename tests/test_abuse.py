@@ -188,7 +188,7 @@ TABLE = [
         file_limit=50_000, leaves=("out", "out/run", "out/run/params.json", "out/run/log")),
 
     # -- inference
-    Row("a folder for a checkpoint", BARE + " {here}", "bäd day.*directory"),
+    Row("a folder for a checkpoint", BARE + " {here}", "bäd day.*this folder has no model"),
     Row("no such checkpoint", BARE + " {here}/w.pt", r"w\.pt: No such file"),
     Row("half a checkpoint", BARE + " {here}/runs/ff/final_weights.pt", r"ff/final_weights\.pt: .*truncated",
         copied("runs", lambda runs: halve(runs / "ff/final_weights.pt"))),

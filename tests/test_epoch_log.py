@@ -1,6 +1,7 @@
 """An epoch's figures: their names, the printed table, the times of steps, and the log."""
 import torch
-from epoch_log import Stopwatch, append_log, forget_after, named, read_log, table
+from epoch_log import Stopwatch, append_events, append_log, forget_after, named, read_log, table
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 def test_names_in_the_log():
@@ -43,3 +44,13 @@ def test_the_log_forgets_epochs_that_run_again(tmp_path):
         file.write('{"epoch": 3, "top')      # killed while writing
     forget_after(tmp_path, 2)
     assert read_log(tmp_path) == [{"epoch": 0}, {"epoch": 1}]
+
+
+def test_tensorboard_shows_the_log(tmp_path):
+    """Epoch 1 was trained twice, after a kill: what it had at first is forgotten."""
+    for epoch, top_1 in ((0, 0.25), (1, 0.375), (1, 0.5)):
+        append_events(tmp_path, {"timestamp": 1e9, "epoch": epoch, "top_1_8": top_1, "top_1": top_1, "train_loss": 1.5})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == {"timestamp", "epoch", "top_1/8", "top_1", "train_loss"}
+    assert [(event.step, event.value) for event in events.Scalars("top_1/8")] == [(0, 0.25), (1, 0.5)]
+    assert events.Scalars("train_loss")[1].wall_time == 1e9

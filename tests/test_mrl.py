@@ -10,7 +10,7 @@ from conftest import fill
 from torch import nn
 
 import MRL
-from MRL import Matryoshka_CE_Loss, MRL_Linear_Layer
+from MRL import Matryoshka_CE_Loss, Matryoshka_Loss, MRL_Linear_Layer, truncate
 
 # ---- golden: the original's own numbers
 
@@ -210,7 +210,7 @@ def test_relative_importance_is_a_buffer():
     loss = Matryoshka_CE_Loss([1, 2])
     assert loss.relative_importance.tolist() == [1, 2] and not loss.state_dict()
     assert loss.to("meta").relative_importance.is_meta      # follows the device
-    with pytest.raises(ValueError, match="2 weights, the model 3 sizes"):
+    with pytest.raises(ValueError, match="2 weights of relative_importance for 3 sizes"):
         Matryoshka_CE_Loss([1, 2])(torch.randn(3, 6, 4), torch.zeros(6, dtype=torch.long))
 
 
@@ -221,7 +221,58 @@ def test_sizes_must_increase(sizes):
 
 
 def test_features_that_are_too_few():
-    with pytest.raises(ValueError, match="4 dimensions, the classifier reads 8"):
+    with pytest.raises(ValueError, match="4 dimensions, 8 are needed"):
         MRL_Linear_Layer([2, 8], 3)(torch.randn(1, 4))
 
 
+# ---- any loss of embeddings
+
+def contrast(images, texts):
+    """A CLIP-like loss: of all pairs in the batch, those in the same row belong together."""
+    pairs = torch.arange(len(images))
+    return F.cross_entropy(images @ texts.T, pairs) + F.cross_entropy(texts @ images.T, pairs)
+
+
+@pytest.mark.parametrize("importance", [None, [1, 2, 0.5]])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("loss, inputs, others", [
+    (contrast, 2, {}), (F.triplet_margin_loss, 3, {}), (nn.TripletMarginLoss(margin=0.2), 3, {}),
+    (F.cosine_embedding_loss, 2, {"target": torch.tensor([1, -1, 1, 1, -1, 1])}),
+])
+def test_embedding_loss_equals_the_loop_over_sizes(loss, inputs, others, normalize, importance):
+    embeddings = [torch.randn(6, 11).double().requires_grad_() for _ in range(inputs)]
+    loop = 0
+    for weight, size in zip(importance or [1, 1, 1], [2, 5, 9], strict=True):
+        cuts = [x[:, :size] / (x[:, :size].norm(dim=1, keepdim=True) if normalize else 1) for x in embeddings]
+        loop += weight * loss(*cuts, **others)
+    nested = Matryoshka_Loss(loss, [2, 5, 9], importance, normalize)(*embeddings, **others)
+    torch.testing.assert_close(nested, loop)
+    torch.testing.assert_close(torch.autograd.grad(nested, embeddings), torch.autograd.grad(loop, embeddings))
+
+
+def test_what_does_not_fit_an_embedding_loss():
+    with pytest.raises(ValueError, match="4 dimensions, 8 are needed"):
+        Matryoshka_Loss(contrast, [2, 8])(torch.randn(3, 8), torch.randn(3, 4))
+    with pytest.raises(ValueError, match="2 weights of relative_importance for 1 sizes"):
+        Matryoshka_Loss(contrast, [2], [1, 1])(torch.randn(3, 8), torch.randn(3, 8))
+
+
+def test_a_loss_with_parameters_is_trained_and_moved_with_the_nested_one():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, images, texts):
+            return contrast(self.scale * images, texts)
+
+    loss = Matryoshka_Loss(Scaled(), [2, 8], normalize=True)
+    loss(torch.randn(3, 8), torch.randn(3, 8)).backward()
+    assert [name for name, p in loss.named_parameters() if p.grad.any()] == ["loss.scale"]
+
+
+def test_truncate_cuts_and_then_normalises():
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(truncate(x, 5), x[..., :5] / x[..., :5].norm(dim=-1, keepdim=True))
+    with pytest.raises(ValueError, match="8 dimensions, 9 are needed"):
+        truncate(x, 9)

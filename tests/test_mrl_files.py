@@ -136,11 +136,12 @@ def test_every_text_is_read_and_written_as_utf8():
 
 def test_every_flag_that_is_a_path_knows_the_users_home():
     """A flag that takes any text is a path, or one of these."""
-    others = {"--dataset", "--model", "--arch", "--head", "--device", "--index", "--dump", "value"}
+    others = {"--dataset", "--model", "--arch", "--head", "--device", "--index", "--dump", "--license", "--push",
+              "value"}
     flags = [(f"{place} {ast.unparse(node.args[0])}", ast.literal_eval(node.args[0]), words(node))
              for place, name, node in calls() if re.fullmatch(r".*add_argument|add", name) and node.args
              and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str)]
-    paths = [place for place, _, given in flags if given.get("type") == "file_path"]
+    paths = [place for place, _, given in flags if given.get("type") in ("file_path", "find_weights")]
     free = [place for place, flag, given in flags if flag not in others and not {"choices", "action"} & given.keys()
             and given.get("type", "str") in ("str", "Path")]
     assert len(paths) > 20 and free == []

@@ -9,7 +9,7 @@ from image_set import Preparation
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from MRL import NESTING_LIST
+from MRL import NESTING_LIST, truncate
 from mrl_models import build_model
 
 DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")})
@@ -23,7 +23,7 @@ def blocks(text, language=""):
 
 def test_use_it_from_other_code(tmp_path, monkeypatch):
     """The blocks of that section, one after the other, on a tiny loader and a tiny checkpoint."""
-    loop, load, _, cut = other_code()
+    loop, _, load, _, cut = other_code()
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     x, y = torch.randn(40, 3, 32, 32), torch.arange(40) % 10
@@ -55,6 +55,26 @@ def test_use_it_from_other_code(tmp_path, monkeypatch):
     assert (world["vectors"] ** 2).sum(1) == pytest.approx(1)
 
 
+def test_losses_of_embeddings():
+    """That section's contrastive and triplet losses teach a layer to bring the pairs together, at every size."""
+    torch.manual_seed(0)
+    pictures, layer = torch.randn(40, 64), torch.nn.Linear(64, 64)
+    texts, others = pictures @ torch.randn(64, 64) / 8, torch.randn(40, 64)
+    optimizer, losses = torch.optim.Adam(layer.parameters(), 0.01), []
+    for _ in range(60):
+        world = {"image_features": pictures, "text_features": layer(texts), "anchors": pictures,
+                 "positives": layer(texts), "negatives": others}
+        exec(other_code()[1], world)
+        optimizer.zero_grad()
+        world["loss"].backward()
+        optimizer.step()
+        losses.append(world["loss"].item())
+    assert losses[-1] < losses[0] / 4
+    for size in (8, 64):
+        closest = (truncate(pictures, size) @ truncate(layer(texts), size).T).argmax(1)
+        assert (closest == torch.arange(40)).float().mean() > 0.8
+
+
 def test_released_weights_load_as_the_readme_says(tmp_path, monkeypatch):
     """Files with the names and the layout of the authors'."""
     monkeypatch.chdir(tmp_path)
@@ -63,13 +83,14 @@ def test_released_weights_load_as_the_readme_says(tmp_path, monkeypatch):
         old = {k.replace(".nesting_classifier_0", "") if head == "mrl_e" else k: v for k, v in state.items()}
         torch.save({f"module.{k}": v for k, v in old.items()}, f"{name}.pt")
     world = {}
-    exec(other_code()[2], world)
+    exec(other_code()[3], world)
     assert [world[name].spec["head"] for name in ("mrl", "mrl_e", "ff256")] == ["mrl", "mrl_e", "ff256"]
     assert world["mrl"].spec["nesting_list"] == world["mrl_e"].spec["nesting_list"] == NESTING_LIST
 
 
 def other_code():
-    """-> the Python blocks of "Use it from other code": training loop, embeddings, released files, vector database."""
+    """-> the Python blocks of "Use it from other code": training loop, losses of embeddings, embeddings, released
+    files, vector database."""
     section = (ROOT / "README.md").read_text().split("## Use it from other code")[1].split("\n## ")[0]
     return blocks(section, "python")
 

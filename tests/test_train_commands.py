@@ -25,6 +25,7 @@ ORIGINAL = """train_imagenet.py --config-file rn50_configs/rn50_40_epochs.yaml {
 SMALL = """--training.device=cpu --model.num_classes=3 --training.batch_size=8 --training.epochs=1 --lr.lr=0.01
     --resolution.min_res=32 --resolution.max_res=32 --validation.resolution=32"""
 MODELS = {"ff": "--model.fixed_feature=2048", "mrl": "--model.mrl=1", "mrl_e": "--model.efficient=1"}
+LEAVES = ["checkpoint.pt", "final_weights.pt", "log", "params.json"]
 
 
 def command(model, folder, ffcv_folder, *changes):
@@ -45,8 +46,8 @@ def trained(tmp_path_factory, ffcv_folder, run):
     def train(kind, processes):
         if (kind, processes) not in runs:
             folder = tmp_path_factory.mktemp(f"{kind}{processes}")
-            alone = ["--training.distributed=0"] if processes == 1 else []
-            done = run("train", command(MODELS[kind], folder, ffcv_folder, *alone))
+            changes = ["--training.distributed=0"] * (processes == 1) + ["--logging.tensorboard=1"] * (kind == "mrl_e")
+            done = run("train", command(MODELS[kind], folder, ffcv_folder, *changes))
             runs[kind, processes] = done, only_run(folder)
         return runs[kind, processes]
     return train
@@ -55,7 +56,7 @@ def trained(tmp_path_factory, ffcv_folder, run):
 @pytest.mark.parametrize("kind, processes", [("ff", 1), ("mrl", 2), ("mrl_e", 1)])
 def test_the_readmes_commands(trained, kind, processes):
     done, folder = trained(kind, processes)
-    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.pt", "final_weights.pt", "log", "params.json"]
+    assert sorted(p.name for p in folder.iterdir()) == LEAVES + ["tensorboard"] * (kind == "mrl_e")
     model = mrl_models.load_model(folder / "final_weights.pt")
     assert model.spec["head"] == {"ff": "ff2048"}.get(kind, kind)
     (record,) = map(json.loads, (folder / "log").read_text().splitlines())
@@ -71,6 +72,14 @@ def test_the_readmes_commands(trained, kind, processes):
     assert len(re.findall(r"^ +\d+ +\d+\.\d\d +100\.00 ", done.stdout, re.M)) == len(sizes)
     settings = json.loads((folder / "params.json").read_text())["settings"]
     assert settings["dist"]["world_size"] == processes and settings["lr"]["lr"] == 0.01
+
+
+def test_tensorboard_is_missed_at_the_start(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    settings = SimpleNamespace(training=SimpleNamespace(device="cpu", distributed=0),
+                               logging=SimpleNamespace(tensorboard=1), dist=SimpleNamespace(world_size=1))
+    with pytest.raises(mrl_files.InputError, match=r"^--logging.tensorboard=1 needs .*: pip install tensorboard$"):
+        train_imagenet.check_settings(settings, {})
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ from which_model import check_checkpoint, load_checkpoint, read_released_name
 
 from MRL import NESTING_LIST
 from mrl_files import InputError
-from mrl_models import build_model
+from mrl_models import build_model, find_weights
 
 EVERY_SIZE = {"mrl": NESTING_LIST, "mrl_e": NESTING_LIST, "ff512": [512], "ff2048": [2048]}
 FLAGS = {"arch": None, "mrl": False, "efficient": False, "rep_size": None, "nesting_list": None, "old_ckpt": False,
@@ -61,13 +61,21 @@ def test_golden_layouts_give_golden_logits(golden, blur_filters, tmp_path, kind,
     ("r50_mrl1_e1_ff2048_16start.pt", ("resnet50", "mrl_e", NESTING_LIST[1:])),
     ("mrl_e_16start/r50_mrl1_e1_ff2048.pt", ("resnet50", "mrl_e", NESTING_LIST[1:])),
     ("r18_mrl1_e0_ff512.pt", ("resnet18", "mrl", None)),
+    ("mrl/Imagenet1k_R50_mrl/final_weights.pt", ("resnet50", "mrl", None)),
+    ("mrl/Imagenet1k_R50_mrl_16start/final_weights.pt", ("resnet50", "mrl", NESTING_LIST[1:])),
+    ("mrl/Imagenet1k_R50_mrl_e/final_weights.pt", ("resnet50", "mrl_e", None)),
+    ("mrl/Imagenet1k_R50_mrl_e_16start/final_weights.pt", ("resnet50", "mrl_e", NESTING_LIST[1:])),
+    ("fixed-feature/Imagenet1k_R50_ff1024/final_weights.pt", ("resnet50", "ff1024", None)),
+    ("resnet-family/resnet101_mrl/final_weights.pt", ("resnet101", "mrl", None)),
+    ("resnet-family/resnet34-ff512/final_weights.pt", ("resnet34", "ff512", None)),
 ])
 def test_released_names(path, says):
     assert tuple(read_released_name(path).values()) == says
 
 
-def test_names_that_say_nothing():
-    assert read_released_name("final_weights.pt") == {}
+@pytest.mark.parametrize("path", ["final_weights.pt", "resnet50/final_weights.pt", "resnet50_mine/final_weights.pt"])
+def test_names_that_say_nothing(path):
+    assert read_released_name(path) == {}
 
 
 @pytest.mark.parametrize("head", ["mrl", "mrl_e"])
@@ -79,6 +87,28 @@ def test_16start_files_load_by_name(tmp_path, head):
     path = tmp_path / f"r18_mrl1_e{int(head == 'mrl_e')}_ff512_16start.pt"
     torch.save(state, path)
     assert load(path, old_ckpt=True).spec["nesting_list"] == sizes
+
+
+# As beside the authors' released files: the settings of the original's run, under dotted names.
+ORIGINALS = {"model.arch": "resnet18", "model.use_blurpool": 1, "training.batch_size": 256, "logging.folder": "/logs"}
+
+
+@pytest.mark.parametrize("folder, head, sizes", [
+    ("mrl/Imagenet1k_R18_mrl", "mrl", NESTING_LIST[:7]), ("mrl/Imagenet1k_R18_mrl_16start", "mrl", NESTING_LIST[1:7]),
+    ("mrl/Imagenet1k_R18_mrl_e", "mrl_e", NESTING_LIST[:7]), ("resnet-family/resnet18-ff512", "ff512", [512]),
+    ("fixed-feature/Imagenet1k_R18_ff16", "ff16", [16]),
+])
+def test_folders_of_the_hub_load_by_their_names(tmp_path, folder, head, sizes):
+    """Each holds final_weights.pt, log and params.json; a file or its folder is what --path takes."""
+    model = build_model("resnet18", head, nesting_list=sizes)
+    old = {f"module.{k.replace('fc.nesting_classifier_0', 'fc') if head == 'mrl_e' else k}": v
+           for k, v in model.state_dict().items()}
+    (tmp_path / folder).mkdir(parents=True)
+    torch.save(old, tmp_path / folder / "final_weights.pt")
+    (tmp_path / folder / "params.json").write_text(json.dumps(ORIGINALS))
+    released = load(find_weights(tmp_path / folder), old_ckpt=True)
+    assert released.spec == model.spec
+    torch.testing.assert_close(released.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 def bare(tmp_path, **model):

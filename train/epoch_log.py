@@ -4,6 +4,7 @@ The log of a run folder has one JSON object a line. Used by trainer.py and train
 """
 import json
 import math
+import re
 import time
 
 import torch
@@ -73,6 +74,16 @@ def append_log(folder, record):
     record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     with open(folder / "log", "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def append_events(folder, record):
+    """The same for TensorBoard: top_1/8, top_1/16 ... in one chart. What an earlier attempt wrote of this epoch and of
+    later ones, TensorBoard then forgets."""
+    from torch.utils.tensorboard import SummaryWriter
+    with SummaryWriter(folder / "tensorboard", purge_step=record["epoch"]) as events:
+        for key, value in record.items():
+            tag = re.sub(r"^(top_1|top_5|val_loss|train_loss)_(\d+)$", r"\1/\2", key)
+            events.add_scalar(tag, value, record["epoch"], record["timestamp"])
 
 
 def read_log(folder):

@@ -26,7 +26,7 @@ from recipe import check_images, make_model, model_spec
 from settings import PATH, as_dict, read_flag, read_settings
 from trainer import Trainer
 
-from mrl_files import InputError, command_line, file_path
+from mrl_files import InputError, command_line, file_path, import_extra
 
 SWITCH = And(int, OneOf([0, 1]))
 COUNT = And(int, InRange(min=1))
@@ -70,6 +70,7 @@ Section("logging", "what is left behind", CONFIG).params(
     name=Param(str, "name of the run folder [default: a new uuid]; a named run that was stopped goes on"),
     log_level=Param(And(int, OneOf([0, 1, 2])), "0: validate at the end; 1: each epoch; 2: also the loss in the bar",
                     default=1),
+    tensorboard=Param(SWITCH, "write the log for TensorBoard too", default=0),
 )
 Section("validation", "validation", CONFIG).params(
     batch_size=Param(COUNT, "per process", default=512),
@@ -150,6 +151,8 @@ def run_folder(settings):
 def check_settings(settings, spec):
     """Raise InputError for settings that would fail, or silently go wrong, only after the processes have started."""
     launch.check_devices(settings)
+    if settings.logging.tensorboard:
+        import_extra("tensorboard", "--logging.tensorboard=1")
     if settings.training.eval_only != bool(settings.training.path):
         raise InputError("--training.eval_only=1 and --training.path=<weights> go together")
     if settings.training.precision == "fp16" and settings.training.device == "cpu":

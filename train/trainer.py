@@ -7,7 +7,7 @@ import checkpoint
 import launch
 import schedules
 import torch
-from epoch_log import Stopwatch, append_log, named, table
+from epoch_log import Stopwatch, append_events, append_log, named, table
 from loaders import normalise, pixel_statistics
 from recipe import make_criterion, make_model, make_optimizer, train_mode
 from torch import nn
@@ -165,6 +165,8 @@ class Trainer:
         self.losses.zero_()
         if self.process.first:
             append_log(self.folder, record)
+            if self.settings.logging.tensorboard:
+                append_events(self.folder, record)
             print(table(record, self.spec, self.settings.training.epochs), flush=True)
         self.save()
 

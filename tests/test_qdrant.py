@@ -106,7 +106,7 @@ def test_a_collection_with_more_points_than_rows(client):
         qdrant.upload(client, Collection("w", SIZES), SMALL[0][:200], {})
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")      # the client leaves its lock file open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")   # the client leaves its lock open
 def test_a_folder_in_use(client, tmp_path):
     with pytest.raises(InputError, match="already accessed by another"):
         qdrant.connect(path=str(tmp_path / "store"))

@@ -6,6 +6,7 @@
     python retrieve.py metrics                                                               # all lists of the data set
     python retrieve.py report                                          # all sizes, adaptive grid, funnels: report/
     python retrieve.py index   --retrieval_dim 16 --index hnsw32       # adaptive retrieval as one index, to serve from
+    python retrieve.py qdrant  --url http://localhost:6333 --retrieval_dim 16 --rerank_dims 2048 --shortlists 200
 
 Reads {1K|V2|4K|<name>}_{train|val}_{model}-X.npy and -y.npy from --embeddings (train: the database, val: the queries;
 V2's database is 1K's). What is there and fits the embeddings is used again, and an interrupted command goes on where it
@@ -17,10 +18,10 @@ import pandas as pd
 from indexes import INDEXES, STORES
 from metrics import KS
 from report import choose_sizes, format_table, report, report_file, write_table
-from stages import ensure_neighbors, ensure_reranked, ensure_serving_index, score, score_all
+from stages import ensure_asked, ensure_neighbors, ensure_reranked, ensure_serving_index, score, score_all
 from study import MODELS, Study, Task
 
-from mrl_files import bounded, command_line, file_path
+from mrl_files import InputError, bounded, command_line, file_path
 
 COUNT = bounded(int, 1)
 
@@ -97,6 +98,20 @@ def add_index(command):
     command.add_argument("--storage", default="float32", choices=STORES, help="(%(default)s)")
 
 
+def add_qdrant(command):
+    place = command.add_mutually_exclusive_group()
+    place.add_argument("--url", help="of a Qdrant server or cluster; its key, if it has one: QDRANT_API_KEY")
+    place.add_argument("--path", type=file_path,
+                       help="folder for Qdrant's local mode: for trials, slow (without --url and --path: in memory)")
+    command.add_argument("--collection", help="(<dataset>_<model>)")
+    command.add_argument("--sizes", type=COUNT, nargs="+", help="that the collection holds (those of the query)")
+    command.add_argument("--shards", type=COUNT, help="of a new collection (the server's default)")
+    command.add_argument("--replicas", type=COUNT, help="of each shard (the server's default)")
+    command.add_argument("--retrieval_dim", type=COUNT, required=True, help="size of the first stage: D_s")
+    command.add_argument("--rerank_dims", type=COUNT, nargs="+", required=True, help="one after another")
+    command.add_argument("--shortlists", type=COUNT, nargs="+", required=True, help="candidates kept at each of them")
+
+
 def search_command(study, args):
     """the k nearest neighbours at each size"""
     for size in choose_sizes(study, args.sizes):
@@ -133,9 +148,18 @@ def index_command(study, args):
     print(ensure_serving_index(study, args.retrieval_dim, args.rerank_dim, args.shortlist, args.storage)[0])
 
 
+def qdrant_command(study, args):
+    """embeddings uploaded to Qdrant, and adaptive or funnel retrieval by it"""
+    if args.index != Task().index:
+        raise InputError(f"--index {args.index}: Qdrant has a graph of its own; leave the flag out")
+    print(ensure_asked(study, args.retrieval_dim, args.rerank_dims, args.shortlists, args.url, args.path,
+                       args.collection, args.sizes, shards=args.shards, replicas=args.replicas))
+
+
 COMMANDS = {"search": (search_command, add_search), "rerank": (rerank_command, add_rerank),
             "funnel": (funnel_command, add_funnel), "metrics": (metrics_command, add_metrics),
-            "report": (report_command, add_report), "index": (index_command, add_index)}
+            "report": (report_command, add_report), "index": (index_command, add_index),
+            "qdrant": (qdrant_command, add_qdrant)}
 
 
 def main():

@@ -9,10 +9,12 @@
 the notebooks call these functions.
 """
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import neighbors
 import numpy as np
+import qdrant
 import serving
 from indexes import INDEXES, find_kind
 from metrics import KS, compute_metrics, count_mflops, time_one_query
@@ -79,6 +81,36 @@ def ensure_reranked(study, retrieval_dim, rerank_dims, shortlists, k=None):
 
     return ensure_list(study.task, data, Recipe(study.task.index, retrieval_dim, I.shape[1], rerank_dims, shortlists),
                        prepare, max(1, RERANK_CANDIDATES // shortlists[0]), source)
+
+
+def ensure_asked(study, retrieval_dim, rerank_dims, shortlists, url=None, path=None, name=None, sizes=None, **copies):
+    """-> the file of the list that Qdrant finds, with the embeddings uploaded first: see qdrant.py. A server's lists
+    have the index `qdrant`; those of local mode, which compares all vectors, `qdrantlocal`.
+
+    name: of the collection. sizes: those that it holds (those of this list). copies: shards, replicas.
+    """
+    needed, rerank_dims, shortlists = (retrieval_dim, *rerank_dims), tuple(rerank_dims), tuple(shortlists)
+    check_stages(study.task, rerank_dims, shortlists)
+    sizes = tuple(sorted({*(sizes or needed)}))
+    check_held(sizes, needed)
+    task, data = study.task, study.data(sizes[-1])
+    neighbors.check_queries(data.xb, data.xq, shortlists[0])
+    database = "1K" if task.dataset == "V2" else task.dataset
+    collection = qdrant.Collection(name or f"{database}_{task.model}", sizes, **copies)
+    with closing(qdrant.connect(url, path)) as client:
+        qdrant.upload(client, collection, data.xb, {"database": data.record["database"]})
+
+        def find(lo, hi):
+            return qdrant.query(client, collection.name, data.xq[lo:hi], retrieval_dim, rerank_dims, shortlists, lo)
+        recipe = Recipe("qdrant" if url else "qdrantlocal", retrieval_dim, shortlists[0], rerank_dims, shortlists)
+        return ensure_list(task, data, recipe, lambda: find, qdrant.ROWS)
+
+
+def check_held(sizes, needed):
+    if not {*needed} <= {*sizes}:
+        raise InputError(f"--sizes {list(sizes)}: the query compares at {list(needed)}; name them all")
+    if needed[0] != sizes[0]:
+        raise InputError(f"--retrieval_dim {needed[0]}: must be the smallest of {list(sizes)}, which has the graph")
 
 
 def check_stages(task, rerank_dims, shortlists, k=None):

@@ -137,6 +137,7 @@ def test_every_text_is_read_and_written_as_utf8():
 def test_every_flag_that_is_a_path_knows_the_users_home():
     """A flag that takes any text is a path, or one of these."""
     others = {"--dataset", "--model", "--arch", "--head", "--device", "--index", "--dump", "--license", "--push",
+              "--url", "--collection",
               "value"}
     flags = [(f"{place} {ast.unparse(node.args[0])}", ast.literal_eval(node.args[0]), words(node))
              for place, name, node in calls() if re.fullmatch(r".*add_argument|add", name) and node.args

@@ -189,7 +189,13 @@ def measure_adaptive(xb, xq, yb, yq, rounds):
     compare("one query: exact 2048 / adaptive HNSW 16 -> 2048", 100,
             lambda: one_at_a_time(lambda x: exact(x, 10), xq, 10),
             lambda: one_at_a_time(lambda x: adaptive_search(graph, x, 10, SHORTLIST), xq, 500), rounds, (10, 500))
-    lists = {"16": searcher(xb, SMALL)(xq, 10)[1], "adaptive flat": adaptive_search(flat, xq, 10)[1],
+    clusters = adaptive_index(xb, 64, 256, "ivf_sq8", shortlist=50, storage="float16")
+    compare("batch: exact 2048 / adaptive ivf_sq8 64 -> 256 fp16", 60, lambda: exact(xq, 10),
+            lambda: adaptive_search(clusters, xq, 10, 50), rounds)
+    compare("one query: exact 2048 / the same", 400, lambda: one_at_a_time(lambda x: exact(x, 10), xq, 10),
+            lambda: one_at_a_time(lambda x: adaptive_search(clusters, x, 10, 50), xq, 500), rounds, (10, 500))
+    lists = {"16": searcher(xb, SMALL)(xq, 10)[1], "adaptive ivf_sq8": adaptive_search(clusters, xq, 10, 50)[1],
+             "adaptive flat": adaptive_search(flat, xq, 10)[1],
              "adaptive HNSW": adaptive_search(graph, xq, 10)[1], "exact 2048": exact(xq, 10)[1]}
     panorama = faiss.IndexFlatL2Panorama(D, 16)
     panorama.add(unit(xb, D))
@@ -198,7 +204,15 @@ def measure_adaptive(xb, xq, yb, yq, rounds):
             lambda: one_at_a_time(lambda x: panorama.search(x, 10), q, 100), rounds, (10, 100))
     print("\ntop-1 (%): " + ", ".join(f"{name} {100 * (yb[I[:, 0]] == yq).mean():.2f}" for name, I in lists.items())
           + "   (target: adaptive HNSW within 0.2 of exact)\noverlap@10 of adaptive HNSW with adaptive flat: "
-          + f"{overlap(lists['adaptive HNSW'], lists['adaptive flat']):.4f}   (target >= 0.99)")
+          + f"{overlap(lists['adaptive HNSW'], lists['adaptive flat']):.4f}   (target >= 0.99)\n"
+          + "of the 10 exact neighbours at 2048, found: " + ", ".join(
+              f"{name} {overlap(I, lists['exact 2048']):.4f}" for name, I in lists.items())
+          + f"\nbytes a vector: adaptive ivf_sq8 {count_bytes(clusters, len(xb)):.0f}, "
+            f"HNSW {count_bytes(graph, len(xb)):.0f}")
+
+
+def count_bytes(index, n):
+    return len(faiss.serialize_index(index)) / n
 
 
 def main():

@@ -52,6 +52,12 @@ def choose_probes(nlist, nprobe=None):
     return nprobe or min(nlist, max(16, nlist // 32))
 
 
+def check_probes(kind, n, nlist, nprobe):
+    """InputError for what would only be seen when the index is built."""
+    if "IVF" in kind.factory:
+        choose_probes(choose_clusters(n, nlist), nprobe)
+
+
 def choose_code(dim):
     """-> the bytes of a product quantiser's code: a quarter of the dimensions, or what divides them."""
     return max(m for m in range(1, max(1, dim // 4) + 1) if dim % m == 0)

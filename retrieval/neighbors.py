@@ -16,7 +16,7 @@ import sys
 import numpy as np
 import torch
 from faiss_kernels import faiss
-from indexes import build, find_kind, find_parameters, new_index, view_vectors
+from indexes import build, check_probes, find_kind, find_parameters, new_index, view_vectors
 from tqdm import tqdm
 
 from mrl_files import InputError
@@ -104,7 +104,8 @@ def searcher(xb, retrieval_dim, index="exactl2", file=None, record=None, device=
     if kind.exact and len(xb) > block:
         find_unit = search_blocks(xb, dim, block, zeros, device)
     else:
-        built = build(xb, lambda: new_index(xb, dim, kind, nlist=nlist, nprobe=nprobe),
+        check_probes(kind, len(xb), nlist, nprobe)
+        built = build(xb, lambda: new_index(xb, dim, kind, nlist=nlist),
                       lambda lo, rows: unit(rows, dim, first=lo, zeros=zeros, zero=kind.zero), file, record)
         zeros.tell()
         find_unit = search_flat(built, device) if kind.exact else search_index(built, nprobe)

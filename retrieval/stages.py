@@ -176,7 +176,8 @@ def index_file(task, data, dim, suffix=""):
     """-> (path of a built index, under the original's name; what it must have been made from)."""
     database = "1K" if task.dataset == "V2" else task.dataset
     return (Path(task.output) / "index_files" / task.model / f"{database}_{dim}dim_{task.index}{suffix}.index",
-            {"database": data.record["database"], "index": task.index, "retrieval_dim": dim} | task.probing)
+            {"database": data.record["database"], "index": task.index, "retrieval_dim": dim}
+            | {key: task.probing[key] for key in task.probing if key != "nprobe"})      # a search's, not the index's
 
 
 def ensure_serving_index(study, retrieval_dim, rerank_dim=None, shortlist=200, storage="float32"):
@@ -186,7 +187,7 @@ def ensure_serving_index(study, retrieval_dim, rerank_dim=None, shortlist=200, s
         check_stages(task, [rerank_dim], [shortlist])
     data = study.data(rerank_dim or retrieval_dim)
     rerank_dim = rerank_dim or data.xb.shape[1]
-    stages = {"rerank_dim": rerank_dim, "shortlist": shortlist, "storage": storage}
+    stages = {"rerank_dim": rerank_dim, "shortlist": shortlist, "storage": storage} | task.probing
     file, record = index_file(task, data, retrieval_dim, f"-reranked{rerank_dim}_{shortlist}shortlist_{storage}")
     return file, serving.adaptive_index(data.xb, retrieval_dim, rerank_dim, task.index, shortlist, storage,
                                         file, record | stages, task.nlist, task.nprobe)
@@ -207,7 +208,8 @@ def score_all(study, ks=KS, eval_config="all"):
     if not files:
         raise InputError(f"{Path(task.output) / 'neighbors'}: no lists of {task.dataset}, {task.model} "
                          f"({eval_config}) that fit the embeddings; retrieve.py search makes them")
-    return [score(study, file, ks, find_truth(study)) for file in files]
+    truth = find_truth(study)
+    return [score(study, file, ks, truth) for file in files]
 
 
 def leave_out(study, file, recipe):

@@ -97,7 +97,7 @@ def test_retrieval_speed(run):
     shown = run("benchmarks", "retrieval_speed.py --n 2500 --queries 20 --classes 30 --rounds 1",
                 env={"PYTHONPATH": "../retrieval"}).stdout
     ratios = re.findall(rf"^(\S.*?)  +({NUMBER}) +({NUMBER}) +({NUMBER}) \(", shown, re.M)
-    assert len(ratios) == 9
+    assert len(ratios) == 11
     for name, *numbers in ratios:
         assert all(float(number) > 0 for number in numbers), name
     assert float(re.search(rf"overlap@10 .*: ({NUMBER})", shown)[1]) > 0.9

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import retrieval_world
 from metrics import compute_metrics
-from rerank import funnel, rerank, sort_by_row
+from rerank import argsort_descending, funnel, rerank, sort_by_row
 from retrieval_world import assert_nearest, distances
 
 from mrl_files import InputError
@@ -34,6 +34,13 @@ def test_golden_lists_and_metrics(golden):
                 [theirs[m] for m in ("mAP", "precision", "topk")], abs=1e-9)
             assert (hits / 1300).mean() == pytest.approx(theirs["recall_over_1300"], abs=1e-9)
             assert ours["recall"] == pytest.approx((hits / np.bincount(yb)[yq]).mean(), abs=1e-9)
+
+
+def test_sorting_is_numpys_stable_sort():
+    rng = np.random.default_rng(0)
+    values = rng.choice(np.float32([-np.inf, -2, -1e-45, -0.0, 0, 1e-45, 1e-20, 0.5, 1, np.inf]), (50, 300))
+    values[25:] += rng.standard_normal((25, 300), np.float32)
+    assert (argsort_descending(values) == np.argsort(-values, axis=1, kind="stable")).all()
 
 
 @pytest.mark.parametrize("dim, shortlist", [(1, 100), (9, 7), (48, 100), (33, 1), (48, 99)])

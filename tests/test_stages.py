@@ -226,6 +226,16 @@ def test_clusters_and_probes_are_part_of_what_an_index_and_a_list_were_made_from
     assert np.array_equal(np.load(search(task, 8, 20)), first)
 
 
+def test_other_probes_search_the_same_index(task, tmp_path):
+    task = task._replace(index="ivf_sq8", nlist=20)
+    few, all_of_them = (np.load(search(task._replace(nprobe=nprobe), 8, 10)) for nprobe in (1, 20))
+    index = tmp_path / "out/index_files/mrl/1K_8dim_ivf_sq8.index"
+    written = index.stat().st_mtime_ns
+    filled = np.load(search(task, 8, 10))                               # as many as its lists need
+    assert (few < 0).any() and (filled >= 0).all() and (all_of_them >= 0).all()
+    assert index.stat().st_mtime_ns == written
+
+
 def test_time_is_that_of_search_and_re_ranking_together(task):
     first, second = search(task, 8, 50), rerank(task, 8, [32], [50])
     notes = [read_json(record_file(f)) for f in (first, second)]

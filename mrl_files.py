@@ -230,13 +230,13 @@ def identify_zip(path):
     return None
 
 
-def import_extra(name, what):
-    """-> the module of a package that only `what` needs; InputError with pip's command where it is not installed."""
+def import_extra(name, what, package=None):
+    """-> the module of a package that only `what` needs; InputError with pip's command where it is not installed.
+    package: pip's name for it, where that is another."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:
-        package = name.split(".")[0]
-        raise InputError(f"{what} needs a package: pip install {package}") from None
+        raise InputError(f"{what} needs a package: pip install {package or name.split('.')[0]}") from None
 
 
 def file_path(text):

@@ -25,6 +25,10 @@ class Kind(NamedTuple):
     zero: float = -FAR        # what a vector of zeros is put in as: a number in this direction, or NaN: left out
     exact: bool = False       # all vectors are compared: by matrix products, on a GPU or in blocks if need be
 
+    @property
+    def clustered(self):
+        return "IVF" in self.factory
+
 
 INDEXES = {"exactl2": Kind("Flat", zero=0, exact=True), "hnsw32": Kind("HNSW32"), "hnsw8": Kind("HNSW8"),
            "ivf_sq8": Kind("IVF{nlist},SQ8", zero=np.nan), "ivf_pq": Kind("OPQ{m},IVF{nlist},PQ{m}", zero=np.nan)}
@@ -54,7 +58,7 @@ def choose_probes(nlist, nprobe=None):
 
 def check_probes(kind, n, nlist, nprobe):
     """InputError for what would only be seen when the index is built."""
-    if "IVF" in kind.factory:
+    if kind.clustered:
         choose_probes(choose_clusters(n, nlist), nprobe)
 
 
@@ -66,7 +70,7 @@ def choose_code(dim):
 def new_index(xb, dim, kind, candidates=0, nlist=None, nprobe=None):
     """-> an empty index for the first dim numbers of xb's rows, trained on them where it has to be. It keeps so many
     candidates, or visits so many clusters, where a search does not say otherwise."""
-    nlist = choose_clusters(len(xb), nlist) if "IVF" in kind.factory else 0
+    nlist = choose_clusters(len(xb), nlist) if kind.clustered else 0
     index = faiss.index_factory(dim, kind.factory.format(nlist=nlist, m=choose_code(dim)))
     if nlist:
         faiss.extract_index_ivf(index).nprobe = choose_probes(nlist, nprobe)

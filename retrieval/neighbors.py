@@ -1,4 +1,5 @@
-"""The nearest neighbours of queries in a database, on a prefix of the embeddings: exact, or by a graph (HNSW).
+"""The nearest neighbours of queries in a database, on a prefix of the embeddings: exact, by a graph (HNSW), or in
+clusters (IVF).
 
     D, I = search(xb, xq, retrieval_dim=16, k=200)                        # arrays in, arrays out
 

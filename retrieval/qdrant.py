@@ -22,7 +22,7 @@ from indexes import EF_SEARCH
 from neighbors import Zeros, check_size, unit
 from tqdm import tqdm
 
-from mrl_files import InputError, describe_error
+from mrl_files import InputError, describe_error, import_extra
 
 ROWS = 128                # a request: 11 MB of JSON at 8, 16 ... 2,048, of the 32 MB that a server takes
 LINKS = 32                # of the graph, as hnsw32 has
@@ -39,18 +39,10 @@ class Collection(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------ a connection
 
-def import_client():
-    try:
-        import qdrant_client
-    except ImportError:
-        raise InputError("qdrant needs a package that is not installed: pip install qdrant-client") from None
-    return qdrant_client
-
-
 def connect(url=None, path=None):
     """-> a client of the server at url; else of Qdrant's local mode, which compares all vectors in Python: kept in the
     folder `path`, or in memory."""
-    module = import_client()
+    module = import_extra("qdrant_client", "retrieve.py qdrant", "qdrant-client")
     where = {"url": url, "api_key": os.environ.get(KEY), "timeout": 300} if url else {"path": path or None}
     if not url:
         print("note: Qdrant's local mode is for trying things out, and slow; --url names a server", file=sys.stderr)

@@ -1,6 +1,6 @@
-"""The paper's retrieval study on one data set: all sizes, the adaptive grid, the funnels -> a CSV and two pictures.
+"""The paper's retrieval study on one data set: all sizes, the adaptive grid, the funnels -> a CSV and three pictures.
 
-    table = report(Study(Task(dataset="1K", model="mrl")))      # -> report/1K_mrl_report.csv, _size.png, _cost.png
+    table = report(Study(Task(dataset="1K", model="mrl")))      # -> report/1K_mrl_report.csv, _size.png ...
 
 Reads embeddings through stages.py, which keeps every list it makes, so that an interrupted report goes on. Beside
 ImageNet-1K and -4K results stand the paper's own (paper_curves.csv: tables 2, 8, 10-14 and figure 8).

@@ -35,7 +35,8 @@ EVAL_CONFIGS = {"vanilla": "single-shot", "reranking": "adaptive", "funnel": "fu
 def ensure_neighbors(study, retrieval_dim, k=None):
     """-> the file of the k nearest neighbours at a size. k: 2,048, or all of a smaller database."""
     task, data = study.task, study.data(retrieval_dim)
-    find_kind(task.index), neighbors.check_size(data.xb, retrieval_dim)
+    find_kind(task.index)
+    neighbors.check_size(data.xb, retrieval_dim)
     k = neighbors.check_queries(data.xb, data.xq, min(2048, len(data.xb)) if k is None else k)
 
     def prepare():
@@ -95,8 +96,7 @@ def ensure_asked(study, retrieval_dim, rerank_dims, shortlists, url=None, path=N
     check_held(sizes, needed)
     task, data = study.task, study.data(sizes[-1])
     neighbors.check_queries(data.xb, data.xq, shortlists[0])
-    database = "1K" if task.dataset == "V2" else task.dataset
-    collection = qdrant.Collection(name or f"{database}_{task.model}", sizes, **copies)
+    collection = qdrant.Collection(name or f"{task.database}_{task.model}", sizes, **copies)
     with closing(qdrant.connect(url, path)) as client:
         qdrant.upload(client, collection, data.xb, {"database": data.record["database"]})
 
@@ -174,8 +174,7 @@ def read_times(file):
 
 def index_file(task, data, dim, suffix=""):
     """-> (path of a built index, under the original's name; what it must have been made from)."""
-    database = "1K" if task.dataset == "V2" else task.dataset
-    return (Path(task.output) / "index_files" / task.model / f"{database}_{dim}dim_{task.index}{suffix}.index",
+    return (Path(task.output) / "index_files" / task.model / f"{task.database}_{dim}dim_{task.index}{suffix}.index",
             {"database": data.record["database"], "index": task.index, "retrieval_dim": dim}
             | {key: task.probing[key] for key in task.probing if key != "nprobe"})      # a search's, not the index's
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from indexes import INDEXES
 from neighbors import MEMORY_GB
 from records import fingerprint
 
@@ -34,9 +35,15 @@ class Task(NamedTuple):
     nprobe: int | None = None            # of them, those that a search visits; None: indexes.choose_probes
 
     @property
+    def database(self):
+        """The data set that is searched: ImageNetV2 is a query set only; its database is ImageNet-1K's."""
+        return "1K" if self.dataset == "V2" else self.dataset
+
+    @property
     def probing(self):
         """What a record says beside the index's name, of those that have clusters."""
-        return {"nlist": self.nlist, "nprobe": self.nprobe} if self.index.startswith("ivf") else {}
+        clustered = self.index in INDEXES and INDEXES[self.index].clustered
+        return {"nlist": self.nlist, "nprobe": self.nprobe} if clustered else {}
 
 
 class Data(NamedTuple):
@@ -96,9 +103,7 @@ def find_embeddings(task, split):
     """-> {size: path} of the -X.npy files of a model: one for MRL and MRL-E, one for each size of FF."""
     if task.model not in MODELS:
         raise InputError(f"unknown model {task.model!r}: {', '.join(MODELS)}")
-    # ImageNetV2 is a query set only; its database is ImageNet-1K's.
-    dataset = "1K" if (task.dataset, split) == ("V2", "train") else task.dataset
-    stem = f"{dataset}_{split}_{MODELS[task.model]}_ff"
+    stem = f"{task.database if split == 'train' else task.dataset}_{split}_{MODELS[task.model]}_ff"
     files = {}
     for path in Path(task.embeddings).glob("*-X.npy"):
         size = path.name.removeprefix(stem).removesuffix("-X.npy")

@@ -21,9 +21,17 @@ def blocks(text, language=""):
     return re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.M | re.S)
 
 
+def python_blocks(document, heading):
+    """-> the Python blocks of one section of a document."""
+    return blocks((ROOT / document).read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0], "python")
+
+
 def test_use_it_from_other_code(tmp_path, monkeypatch):
-    """The blocks of that section, one after the other, on a tiny loader and a tiny checkpoint."""
-    loop, _, load, _, cut = other_code()
+    """The layer in a training loop, a model's embeddings and their vectors for a database, one after the other, on a
+    tiny loader and a tiny checkpoint."""
+    (loop,) = python_blocks("README.md", "The layer and the loss in your own code")
+    load, _ = python_blocks("inference/README.md", "Use a model from other code")
+    (cut,) = python_blocks("retrieval/README.md", "Other vector databases")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     x, y = torch.randn(40, 3, 32, 32), torch.arange(40) % 10
@@ -56,7 +64,8 @@ def test_use_it_from_other_code(tmp_path, monkeypatch):
 
 
 def test_losses_of_embeddings():
-    """That section's contrastive and triplet losses teach a layer to bring the pairs together, at every size."""
+    """The contrastive and the triplet loss teach a layer to bring the pairs together, at every size."""
+    (code,) = python_blocks("train/README.md", "Other losses of embeddings")
     torch.manual_seed(0)
     pictures, layer = torch.randn(40, 64), torch.nn.Linear(64, 64)
     texts, others = pictures @ torch.randn(64, 64) / 8, torch.randn(40, 64)
@@ -64,7 +73,7 @@ def test_losses_of_embeddings():
     for _ in range(60):
         world = {"image_features": pictures, "text_features": layer(texts), "anchors": pictures,
                  "positives": layer(texts), "negatives": others}
-        exec(other_code()[1], world)
+        exec(code, world)
         optimizer.zero_grad()
         world["loss"].backward()
         optimizer.step()
@@ -75,7 +84,7 @@ def test_losses_of_embeddings():
         assert (closest == torch.arange(40)).float().mean() > 0.8
 
 
-def test_released_weights_load_as_the_readme_says(tmp_path, monkeypatch):
+def test_released_weights_load_as_the_documents_say(tmp_path, monkeypatch):
     """Files with the names and the layout of the authors'."""
     monkeypatch.chdir(tmp_path)
     for head, name in (("mrl", "r50_mrl1_e0_ff2048"), ("mrl_e", "r50_mrl1_e1_ff2048"), ("ff256", "r50_mrl0_e0_ff256")):
@@ -83,16 +92,9 @@ def test_released_weights_load_as_the_readme_says(tmp_path, monkeypatch):
         old = {k.replace(".nesting_classifier_0", "") if head == "mrl_e" else k: v for k, v in state.items()}
         torch.save({f"module.{k}": v for k, v in old.items()}, f"{name}.pt")
     world = {}
-    exec(other_code()[3], world)
+    exec(python_blocks("inference/README.md", "Use a model from other code")[1], world)
     assert [world[name].spec["head"] for name in ("mrl", "mrl_e", "ff256")] == ["mrl", "mrl_e", "ff256"]
     assert world["mrl"].spec["nesting_list"] == world["mrl_e"].spec["nesting_list"] == NESTING_LIST
-
-
-def other_code():
-    """-> the Python blocks of "Use it from other code": training loop, losses of embeddings, embeddings, released
-    files, vector database."""
-    section = (ROOT / "README.md").read_text().split("## Use it from other code")[1].split("\n## ")[0]
-    return blocks(section, "python")
 
 
 def commands():
@@ -130,7 +132,19 @@ def test_every_command_of_the_documents_has_a_script_and_its_flags(run):
 
 def test_links_lead_somewhere():
     for document in DOCUMENTS:
-        for target in re.findall(r"\]\(([^)#\s]+)\)|(?:src|href)=\"([^\"]+)\"", document.read_text()):
-            target = target[0] or target[1]
+        for target in re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", document.read_text()):
+            target, _, anchor = (target[0] or target[1]).partition("#")
             if not target.startswith("http"):
-                assert (document.parent / target).exists(), f"{document.name}: {target}"
+                page = document.parent / target if target else document
+                assert page.exists(), f"{document.name}: {target}"
+                assert not anchor or anchor in anchors(page.read_text()), f"{document.name}: {target}#{anchor}"
+
+
+def anchors(text):
+    """-> the names that GitHub gives to a document's headings."""
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 220

@@ -9,15 +9,15 @@ Model_Cascades.ipynb draws the paper's figure and table with these functions; so
 inference by way of outputs.py. Letters: G sizes, N images, C classes; accuracies are fractions.
 """
 import argparse
-import json
 
 import numpy as np
 import outputs
 
-from mrl_files import InputError, bounded, command_line, file_path, write_json
+from mrl_files import InputError, bounded, command_line, file_path, read_json, write_json
 
 GRID = np.linspace(0.1, 1.0, 100)          # the thresholds that are tried: the original's
 HEADS = ("mrl", "mrl_e")
+OF_THE_RUN = ("head", "nesting_list", "checkpoint", "dataset", "images", "tta")      # what a policy keeps of `info`
 
 
 def confidence(softmax, gt):
@@ -119,7 +119,7 @@ def learn(args):
     tune = hold_out(len(gt), args.fraction, args.seed)
     thresholds = best_thresholds(conf[:, tune], correct[:, tune])
     policy = {"thresholds": thresholds.tolist(), "n": len(gt), "fraction": args.fraction, "seed": args.seed,
-              **{key: info[key] for key in ("head", "nesting_list", "checkpoint", "dataset", "images", "tta")}}
+              **{key: info[key] for key in OF_THE_RUN}}
     write_json(args.policy, policy)
     print(f"thresholds {' '.join(f'{t:.3f}' for t in thresholds)}, tuned on {tune.sum()} images of {args.dataset}; "
           f"saved to {args.policy}")
@@ -142,16 +142,14 @@ def apply(args):
 
 def read_policy(path):
     """What `learn` wrote, or someone by hand: InputError where a value is missing or of another kind."""
+    policy = read_json(path) or {}
     try:
-        with open(path, encoding="utf-8") as file:
-            policy = json.load(file)
-        known = {key: policy[key] for key in ("n", "fraction", "seed", "head", "nesting_list", "checkpoint", "dataset",
-                                              "images", "tta")}
+        known = {key: policy[key] for key in ("n", "fraction", "seed", *OF_THE_RUN)}
         known["thresholds"] = [float(t) for t in policy["thresholds"]]
         if np.isfinite(known["thresholds"]).all() and known["head"] in HEADS and known["seed"] >= 0 \
                 and 0 < known["fraction"] <= 1 and known["n"] > 0:
             return known
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         pass
     raise InputError(f"{path}: not a policy; make one with: python cascades.py learn --policy {path}")
 

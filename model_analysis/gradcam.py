@@ -7,7 +7,7 @@ All sizes share one forward pass; each has a backward pass of its own, from its 
 Read by GradCAM.ipynb. Letters: N images, C classes, G sizes, K channels of h x w maps.
 """
 import os
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -33,10 +33,10 @@ def grad_cam(model, x, target=None, layer=None):
     weighed; None is the last stage. Freezes the model's parameters: gradients are taken of the maps alone.
     """
     model.requires_grad_(False).eval()
-    with maps_of(find_layer(model, layer)) as kept:
-        output = model(x)
+    kept = []
+    with find_layer(model, layer).register_forward_hook(partial(keep_maps, kept)):
+        logits = stack_logits(model(x))
     activation = kept[-1]                                                     # [N, K, h, w]
-    logits = stack_logits(output)
     classes = logits.argmax(-1) if target is None else target.expand(len(logits), -1)
     scores = logits.gather(-1, classes[..., None]).sum((1, 2))                # [G]; images do not meet in eval mode
     maps = [weighed(activation, score) for score in scores]
@@ -49,22 +49,12 @@ def weighed(activation, score):
     return F.relu((gradient.mean((2, 3), keepdim=True) * activation.detach()).sum(1))
 
 
-@contextmanager
-def maps_of(module):
-    """Keeps the module's output as the leaf from which gradients start; what follows works on a copy."""
-    kept = []
-
-    def keep(module, args, output):
-        if not torch.is_tensor(output) or output.dim() != 4:
-            raise InputError(f"{type(module).__name__} gives no maps [N, K, h, w]: name another layer")
-        kept.append(output.requires_grad_())
-        return output.clone()                              # in-place operations are common there, and fail on a leaf
-
-    handle = module.register_forward_hook(keep)
-    try:
-        yield kept
-    finally:
-        handle.remove()
+def keep_maps(kept, module, args, output):
+    """A hook: a module's output is the leaf from which gradients start; what follows works on a copy."""
+    if not torch.is_tensor(output) or output.dim() != 4:
+        raise InputError(f"{type(module).__name__} gives no maps [N, K, h, w]: name another layer")
+    kept.append(output.requires_grad_())
+    return output.clone()                                  # in-place operations are common there, and fail on a leaf
 
 
 def find_layer(model, name=None):

@@ -35,13 +35,11 @@ def read(folder, kind, head="mrl", dataset="V1", tta=False):
     Raises InputError when a file is missing (with the command that makes it), broken, or not of the same run as gt.
     """
     wanted = {"kind": kind, "head": head, "dataset": dataset, "tta": tta}
-    path = find(folder, wanted)
-    array = load(path, dims=2 if kind == "predictions" else 3)
-    gt_path = find_gt(folder, wanted)
-    gt = load(gt_path, dims=1)
-    info = describe(path, array, wanted)
-    check(path, array, gt, info)
-    same_images(path, gt_path)
+    path, gt_path = find(folder, wanted), find_gt(folder, wanted)
+    array, gt = load(path, dims=2 if kind == "predictions" else 3), load(gt_path, dims=1)
+    said, said_of_gt = (read_json(file.with_suffix(".json")) or {} for file in (path, gt_path))
+    info = describe(path, array, wanted, said)
+    check(path, array, gt, info, said_of_gt.get("images"))
     return array, gt, info
 
 
@@ -138,21 +136,16 @@ def load(path, dims):
     return array if dims == 3 else check_labels(array, path)
 
 
-def describe(path, array, wanted):
-    """-> info, from the .json beside the file, or as far as the name and the shape show it."""
+def describe(path, array, wanted, said):
+    """-> info, from what the .json beside the file said, or as far as the name and the shape show it."""
     known = {"nesting_list": sizes_by_name(path, array, wanted["head"]), "classes": None, "checkpoint": None,
-             "images": None, "num_classes": array.shape[2] if array.ndim == 3 else None, **companion(path)}
+             "images": None, "num_classes": array.shape[2] if array.ndim == 3 else None, **said}
     for key in ("dataset", "tta"):
         if not same(known.get(key, wanted[key]), wanted[key]):
             raise InputError(f"{path}: is named {key}={wanted[key]}, the .json beside it says {known[key]}; it was "
                              "renamed: run inference again")
     return {**{key: wanted[key] for key in ("head", "dataset", "tta")},
             **{key: known[key] for key in ("nesting_list", "num_classes", "classes", "checkpoint", "images")}}
-
-
-def companion(path):
-    """-> the .json beside a file; {} where there is none (the original's files)."""
-    return read_json(path.with_suffix(".json")) or {}
 
 
 def sizes_by_name(path, array, head):
@@ -163,7 +156,7 @@ def sizes_by_name(path, array, head):
     return [int(named[1] if named else 2048) >> i for i in reversed(range(len(array)))]
 
 
-def check(path, array, gt, info):
+def check(path, array, gt, info, images_of_gt):
     """InputError unless the array, its description and the true classes belong together."""
     if len(info["nesting_list"]) != len(array):
         raise InputError(f"{path}: holds {len(array)} sizes, its description {info['nesting_list']}")
@@ -175,10 +168,5 @@ def check(path, array, gt, info):
     largest = max(gt.max(), array.max() if array.ndim == 2 else 0)
     if info["num_classes"] is not None and largest >= info["num_classes"]:
         raise InputError(f"{path}: class {largest} is beyond the {info['num_classes']} classes of the model")
-
-
-def same_images(path, gt_path):
-    """InputError where the two .json files show that the outputs are of other images than the true classes."""
-    images = [companion(one).get("images") for one in (path, gt_path)]
-    if None not in images and images[0] != images[1]:
-        raise InputError(f"{path} and {gt_path.name} are of different images: save both in one run of inference")
+    if None not in (info["images"], images_of_gt) and info["images"] != images_of_gt:
+        raise InputError(f"{path}: of different images than the true classes; save both in one run of inference")

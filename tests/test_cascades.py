@@ -183,9 +183,9 @@ def test_policies_that_do_not_fit(saved, refusal):
                          ({"thresholds": ["high"] * 8}, "not a policy"), ({"thresholds": [0.5]}, "8 thresholds")]:
         policy.write_text(json.dumps(known | wrong))
         assert words in refusal(*apply)
-    for text in ("{", "[]", "{}"):
+    for text, words in {"{": "not a JSON file", "[]": "not a JSON file", "{}": "not a policy"}.items():
         policy.write_text(text)
-        assert "not a policy" in refusal(*apply)
+        assert words in refusal(*apply)
 
 
 def test_missing_files_are_named(tmp_path, refused):

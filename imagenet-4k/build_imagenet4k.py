@@ -20,10 +20,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mrl_files import InputError, bounded, command_line, file_path, replacing
+from mrl_images import is_image
 
 HERE = Path(__file__).resolve().parent
 COUNTS = {"train": 1000, "val": 50}
-IMAGES = (".jpeg", ".jpg", ".png")
 
 
 def class_ids(path=HERE / "IDtoClass.txt"):
@@ -47,15 +47,14 @@ def lines(path):
 
 def by_rule(source, classes, counts):
     """-> {class: {"train": names, "val": names}}: file names in sorted order, first the database, then the queries."""
-    plan, short = {}, []
+    plan, short, n, wanted = {}, [], counts["train"], sum(counts.values())
     for name in tqdm(classes, desc="listing", unit="class"):
         files = image_names(source, name)
-        if len(files) < sum(counts.values()):
+        if len(files) < wanted:
             short.append(f"{name} ({len(files)})")
-        plan[name] = {"train": files[:counts["train"]], "val": files[counts["train"]:sum(counts.values())]}
+        plan[name] = {"train": files[:n], "val": files[n:wanted]}
     if short:
-        raise InputError(f"{source}: {len(short)} class(es) with fewer than {sum(counts.values())} images: "
-                         + ", ".join(short))
+        raise InputError(f"{source}: {len(short)} class(es) with fewer than {wanted} images: {', '.join(short)}")
     return plan
 
 
@@ -87,10 +86,6 @@ def image_names(source, name):
     else:
         raise InputError(f"{source}: neither {name}/ nor {name}.tar is there")
     return sorted({file for file in names if is_image(file)})      # a tar file may hold a name twice
-
-
-def is_image(file):
-    return file.lower().endswith(IMAGES) and not file.startswith(".")      # as "._0.JPEG", which macOS leaves
 
 
 @contextmanager

@@ -227,21 +227,15 @@ def last_words(errors, status):
     return (errors.strip().splitlines() or [f"exit status {status}"])[-1].removeprefix("error: ")
 
 
-def print_row(what, figure, ratio, aim):
-    print(f"| {what} | {figure} | {ratio} | {aim} |", flush=True)
-
-
 def main():
     args = arguments()
     if args.part:
         return PARTS[args.part][1](sizes_of(args))
     find_device(args.device)
     card, rows = machine(args.device), []
-    print(f"{card}\n")
-    print_row("what", "median (min–max)", "ratio", "aim")
-    print_row("---", "---", "---", "---")
+    print(f"{card}\n\n| what | median (min–max) | ratio | aim |\n| --- | --- | --- | --- |")
     for row in all_rows(args):
-        print_row(*row)
+        print(f"| {' | '.join(row)} |", flush=True)
         rows.append(row)
         write_json(args.output, {"machine": card, "rows": rows})
     sys.exit(any(figure.startswith(WRONG) for _, figure, _, _ in rows))
@@ -252,10 +246,7 @@ def all_rows(args):
     end, shares = time.monotonic() + 60 * args.minutes, [PARTS[name][0] for name in args.parts]
     for i, name in enumerate(args.parts):
         limit = (end - time.monotonic()) * shares[i] / sum(shares[i:])
-        if limit < LEAST:
-            yield [name, "NOT RUN: time", "", ""]
-        else:
-            yield from run_part(name, args, limit)
+        yield from run_part(name, args, limit) if limit >= LEAST else [[name, "NOT RUN: time", "", ""]]
 
 
 def arguments():

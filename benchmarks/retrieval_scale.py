@@ -6,7 +6,6 @@ Writes made-up embeddings of n x 2,048 float32 (10.5 GB for ImageNet-1K) to a te
 runs the commands a user runs and watches their private memory (RssAnon: without the pages of mapped files).
 """
 import argparse
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -28,17 +27,14 @@ def main():
     parser.add_argument("--n", type=int, default=1_281_167)
     parser.add_argument("--queries", type=int, default=10_000)
     args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(dir=args.folder))
     script = Path(__file__).resolve().parent.parent / "retrieval" / "retrieve.py"
-    try:
-        written = seconds(lambda: write_world(folder, args.n, args.queries))
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        written = seconds(lambda: write_world(Path(folder), args.n, args.queries))
         print(f"{machine()}; {args.n:,} x {D} float32 written in {written:.0f} s", flush=True)
         for name, command in COMMANDS.items():
             took, peak = watch([sys.executable, str(script), *command.split(),
-                                "--embeddings", str(folder), "--output", str(folder)])
+                                "--embeddings", folder, "--output", folder])
             print(f"{name:<32}{took:8.1f} s   peak private memory {peak / 1e3:.2f} GB   (target <= 3)", flush=True)
-    finally:
-        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

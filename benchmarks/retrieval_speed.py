@@ -8,7 +8,6 @@ ratio is theirs to ours in one round. The plain side is what one writes first, a
 FAISS, k = 2,048, CSV lists, and Python loops over queries. Needs 5 GB of memory and 2 GB of disk (--folder keeps them).
 """
 import argparse
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -226,16 +225,13 @@ def main():
     args = parser.parse_args()
     print(f"{machine()}, faiss {faiss.__version__} ({faiss.omp_get_max_threads()} threads, "
           f"{openblas_kernels()} kernels)")
-    root = Path(args.folder or tempfile.mkdtemp())
-    folder = root / f"{args.n}_{args.queries}_{args.classes}_{'shuffled' if args.shuffle else 'sorted'}"
-    try:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(args.folder or temporary,
+                      f"{args.n}_{args.queries}_{args.classes}_{'shuffled' if args.shuffle else 'sorted'}")
         if not (folder / f"1K_val_mrl1_e0_ff{D}-y.npy").exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_world(folder, args.n, args.queries, args.classes, args.shuffle)
         measure(folder, args.rounds)
-    finally:
-        if args.folder is None:
-            shutil.rmtree(root)
 
 
 if __name__ == "__main__":

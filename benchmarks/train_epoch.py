@@ -22,34 +22,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import machine, make_images, spread
-from train_step import compare, device_and_precision, ours, plain
+from loaders import train_loader
+from measure import machine, make_images, seconds, spread
+from train_step import add_step_flags, compare, device_and_precision, ours, plain
 
 from mrl_files import InputError, command_line, file_path
 
 TRAIN = Path(__file__).resolve().parent.parent / "train"
-# Run in train/: one line per number of workers with FFCV's images/s of each epoch; the first one compiles.
-DECODE = """
-import sys, time
-from loaders import train_loader
-path, batch_size, resolution, epochs, *workers = sys.argv[1:]
-for number in map(int, workers):
-    loader, speeds = train_loader(path, int(batch_size), number, 1, int(resolution), 0, "cpu"), []
-    for epoch in range(int(epochs)):
-        batches, start, images = iter(loader.epoch(epoch)), time.perf_counter(), 0
-        for x, _ in batches:
-            images += len(x)
-        speeds.append(images / (time.perf_counter() - start))
-    print("decoded", *speeds[1:])
-"""
 
 
 def python(*words):
-    """A script of train/, run there as a user does -> what it printed."""
+    """Run a script of train/ there, as a user does."""
     done = subprocess.run([sys.executable, *map(str, words)], cwd=TRAIN, capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"train/{words[0]} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return done.stdout
 
 
 def write_file(images, path, pixels):
@@ -79,10 +65,13 @@ def speed_and_waiting(records):
 
 
 def decode(path, args):
-    """-> {workers: images/s [epochs - 1]} of FFCV alone."""
-    lines = python("-c", DECODE, path, args.batch_size, args.resolution, args.epochs, *args.workers).splitlines()
-    rates = [np.array(line.split()[1:], float) for line in lines if line.startswith("decoded")]
-    return dict(zip(args.workers, rates, strict=True))
+    """-> {workers: images/s [epochs - 1]} of FFCV alone; the first epoch compiles."""
+    rates = {}
+    for workers in args.workers:
+        loader = train_loader(path, args.batch_size, workers, 1, args.resolution, 0, "cpu")
+        times = [seconds(lambda loader=loader, e=e: list(map(len, loader.epoch(e)))) for e in range(args.epochs)]
+        rates[workers] = len(loader) * args.batch_size / np.array(times[1:])
+    return rates
 
 
 def step_rates(args):
@@ -134,16 +123,9 @@ def arguments():
     parser.add_argument("--pixels", type=int, default=500, help="longest side")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, os.cpu_count()])
     parser.add_argument("--epochs", type=int, default=3, help="2 or more")
-    parser.add_argument("--arch", default="resnet50")
     parser.add_argument("--head", choices=["FF", "MRL", "MRL-E"], default="MRL")
     parser.add_argument("--resolution", type=int, default=160)
-    parser.add_argument("--batch_size", type=int, default=512)
-    parser.add_argument("--precision", choices=["fp16", "bf16", "fp32"], help="[default: fp16; fp32 on a CPU]")
-    parser.add_argument("--compile", type=int, choices=[0, 1], default=0)
-    parser.add_argument("--rounds", type=int, default=5, help="of the steps with data on the device")
-    parser.add_argument("--repeat", type=int, default=10, help="steps in each of them")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before them")
-    parser.add_argument("--device", type=torch.device, help="[default: cuda where there is one]")
+    add_step_flags(parser)
     args = parser.parse_args()
     if args.epochs < 2:
         raise InputError("--epochs: the first one warms up; give 2 or more")

@@ -16,34 +16,18 @@ On a CPU the default is fp32 on both sides.
 import argparse
 
 import torch
-import torch.nn.functional as F
+from head import SMOOTHING, PlainSeparate, PlainShared, plain_loss
 from launch import Process
 from measure import machine, spread, take_turns
 from recipe import model_spec
 from settings import given_settings
-from torch import nn
 from train_imagenet import CONFIG
 from trainer import Trainer
 
 from mrl_models import MEAN, STD, autocast, build_model, classifier
 
 HEADS = {"FF": {}, "MRL": {"mrl": 1}, "MRL-E": {"efficient": 1}}      # FF: the size is the feature width
-SMOOTHING, WEIGHT_DECAY, RATE = 0.1, 1e-4, 1e-3
-
-
-class PlainHead(nn.Module):
-    """One linear layer per size; MRL-E slices one matrix at each size."""
-
-    def __init__(self, sizes, classes, efficient):
-        super().__init__()
-        self.sizes = sizes
-        self.layers = nn.ModuleList(nn.Linear(size, classes) for size in (sizes[-1:] if efficient else sizes))
-
-    def forward(self, x):
-        if len(self.layers) == len(self.sizes):
-            return [layer(x[:, :size]) for layer, size in zip(self.layers, self.sizes, strict=True)]
-        (layer,) = self.layers
-        return [F.linear(x[:, :size], layer.weight[:, :size], layer.bias) for size in self.sizes]
+WEIGHT_DECAY, RATE = 1e-4, 1e-3
 
 
 def settings_for(kind, args):
@@ -66,7 +50,8 @@ def plain(kind, args):
     """-> step(images uint8 [B, R, R, 3], labels): the usual recipe."""
     spec, device = model_spec(settings_for(kind, args)), args.device
     model = build_model(args.arch, spec["head"], num_classes=args.classes)
-    model.set_submodule(classifier(model)[0], PlainHead(spec["nesting_list"], args.classes, kind == "MRL-E"))
+    head = (PlainShared if kind == "MRL-E" else PlainSeparate)(spec["nesting_list"], args.classes)
+    model.set_submodule(classifier(model)[0], head)
     model = model.to(device, memory_format=torch.channels_last)
     norms, others = ([p for name, p in model.named_parameters() if ("bn" in name) == norm] for norm in (True, False))
     optimizer = torch.optim.SGD([{"params": norms, "weight_decay": 0}, {"params": others}], lr=RATE, momentum=0.9,
@@ -79,8 +64,7 @@ def plain(kind, args):
         optimizer.zero_grad(set_to_none=True)
         with autocast(device, "fp16" if half else "fp32"):
             x = (images.permute(0, 3, 1, 2).float() - mean) / std
-            output = model(x.half() if half else x)
-            loss = sum(F.cross_entropy(logits, labels, label_smoothing=SMOOTHING) for logits in output)
+            loss = plain_loss(model(x.half() if half else x), labels)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -122,17 +106,21 @@ def main():
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="resnet50")
     parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--batch_size", type=int, default=512)
     parser.add_argument("--resolutions", type=int, nargs="+", default=[160, 192, 224])
+    add_step_flags(parser)
+    return device_and_precision(parser.parse_args())
+
+
+def add_step_flags(parser):
+    parser.add_argument("--arch", default="resnet50")
+    parser.add_argument("--batch_size", type=int, default=512)
     parser.add_argument("--precision", choices=["fp16", "bf16", "fp32"], help="ours [default: fp16; fp32 on a CPU]")
     parser.add_argument("--compile", type=int, choices=[0, 1], default=0, help="ours")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeat", type=int, default=10, help="steps in each measurement")
     parser.add_argument("--warmup", type=int, default=5, help="steps before the first round")
     parser.add_argument("--device", type=torch.device, help="[default: cuda where there is one]")
-    return device_and_precision(parser.parse_args())
 
 
 def device_and_precision(args):

@@ -109,10 +109,13 @@ def test_retrieval_scale(run):
 
 
 def test_analysis(run):
-    """It asserts that the plain loops give the same numbers before it times anything."""
     shown = run("benchmarks", "analysis.py --images 1000 --rounds 1", env={"PYTHONPATH": "../model_analysis"}).stdout
-    assert [line.split("  ")[0] for line in shown.splitlines()[2:]] == ["cascades, 30 seeds, all caps", "oracle",
-                                                                        "superclasses"]
+    names = ["cascades, 30 seeds, all caps", "oracle", "superclasses", "together"]
+    tables = rows(shown, names)
+    assert list(tables) == names
+    for (cells,) in tables.values():
+        plausible(cells)
+    assert re.search(r"^private memory: \d+ MB before, \d+ MB at most$", shown, re.M)
 
 
 def run_gpu(run, tmp_path, words, **replaced):

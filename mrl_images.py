@@ -24,15 +24,11 @@ def read_rgb(path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")        # of large pictures, odd palettes and EXIF: none of them changes a pixel
         with Image.open(path) as image:
-            return as_rgb(image)
-
-
-def as_rgb(image):
-    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):      # Pillow names it both ways
-        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError("pixels of 32 bits: save it with 8 or 16 bits a channel")
-    return image.convert("RGB")
+            if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):      # two names for it
+                return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+            if image.mode in ("I", "F"):
+                raise ValueError("pixels of 32 bits: save it with 8 or 16 bits a channel")
+            return image.convert("RGB")
 
 
 def class_folders(folder):

@@ -227,7 +227,11 @@ def load_model(path, arch=None, head=None, nesting_list=None, old_ckpt=False):
     old_ckpt: the layout of the authors' released files (MRL-E keeps its matrix under fc.weight).
     The file must hold exactly the model's keys and shapes, under whatever wrapper or prefix: see read_state_dict.
     """
-    model, state = open_model(path, arch, head, nesting_list, old_ckpt)
+    return fill_model(*open_model(path, arch, head, nesting_list, old_ckpt))
+
+
+def fill_model(model, state):
+    """What open_model has returned -> the model with its numbers, in eval mode."""
     own = model.state_dict()
     model.load_state_dict({k: v.to(own[k].dtype).contiguous() for k, v in state.items()}, assign=True)
     return model.eval()

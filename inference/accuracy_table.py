@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
 
 from mrl_files import replacing, write_json
 
@@ -61,8 +60,8 @@ def plot(table, title):
         rows = rows.sort_values("size")
         axes.plot(rows["size"], 100 * rows.top1, marker="o", label=model)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(table["size"].unique()))
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    sizes = sorted(table["size"].unique())
+    axes.set_xticks(sizes, sizes)
     axes.set(xlabel="representation size", ylabel="top-1 accuracy (%)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()

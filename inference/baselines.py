@@ -19,11 +19,11 @@ import pandas as pd
 import torch
 from saved_files import fingerprint, read_arrays
 from tqdm import tqdm
-from which_model import load_checkpoint, open_checkpoint
+from which_model import open_checkpoint
 
 from MRL import FixedFeatureLayer, Matryoshka_CE_Loss, MRL_Linear_Layer
 from mrl_files import InputError, bounded, command_line, file_path, find_device, write_json
-from mrl_models import check_nesting_list, classifier, default_nesting_list, find_weights
+from mrl_models import check_nesting_list, classifier, default_nesting_list, fill_model, find_weights
 
 ROWS = 4096                                # evaluated at a time
 
@@ -115,7 +115,7 @@ def svd(args):
     X, y, about = read_arrays(args.arrays, args.dataset, "val", args.model)
     if about.get("checkpoint") not in (None, fingerprint(args.path)):
         raise InputError(f"--path {args.path}: the arrays {args.model} in {args.arrays} come from another checkpoint")
-    head = classifier(load_checkpoint(args.path, open_checkpoint(args.path, args.arch).spec))[1]
+    head = classifier(fill_model(*open_checkpoint(args.path, args.arch)))[1]
     if not isinstance(head, FixedFeatureLayer) or head.in_features != X.shape[1]:
         raise InputError(f"--path {args.path}: svd is for a fixed-feature model of {X.shape[1]} features")
     sizes = choose_sizes(args, about, X.shape[1])

@@ -22,10 +22,10 @@ from saved_files import (
     table_stem,
 )
 from tqdm import tqdm
-from which_model import check_checkpoints, is_fixed_feature, load_checkpoint
+from which_model import check_checkpoints, is_fixed_feature
 
 from mrl_files import InputError, write_json
-from mrl_models import autocast, classify_in_float32, count, model_name, stack_logits
+from mrl_models import autocast, classify_in_float32, count, load_model, model_name, stack_logits
 
 SAVED = ("logits", "softmax", "gt", "predictions")
 
@@ -54,7 +54,7 @@ def classify(args, device):
     accuracy_table.show(runs)
     if len(plans) > 1:
         accuracy_table.save(runs, stem, about_table(plans))
-    print(f"figures{''.join(f', {what}' for what in list_wanted(args))} written to {args.output}/")
+    print(f"{', '.join(['figures', *plans[0].files])} written to {args.output}/")
 
 
 def plan_evaluation(path, spec, name, images, args):
@@ -63,7 +63,7 @@ def plan_evaluation(path, spec, name, images, args):
     about = {**describe_origin(path, spec, name, images, args), "num_classes": len(images.classes), "tta": args.tta,
              "precision": args.precision or "fp32"}
     files = {what: (outputs_path(args.output, spec, name, args.tta, what), describe_output(what, about, images))
-             for what in list_wanted(args)}
+             for what in SAVED if getattr(args, f"save_{what}")}
     for file, says in files.values():
         check_free(file.with_suffix(".json"), says, args.overwrite, file)
     check_free(accuracy_path(args.output, spec, name, args.tta, about["checkpoint"]), about, args.overwrite)
@@ -73,27 +73,23 @@ def plan_evaluation(path, spec, name, images, args):
 def classify_one(plan, args, device):
     """Evaluate one checkpoint, write its figures and tensors. -> the figures."""
     Path(args.output).mkdir(parents=True, exist_ok=True)
-    images, about = plan.images, plan.about
+    spec, images, about = plan.spec, plan.images, plan.about
     sizes, classes = len(about["nesting_list"]), len(images.classes)
     keep = Outputs(sizes, len(images), classes, list(plan.files)) if plan.files else None
     loader = make_loader(images, args.batch_size, args.workers, device.type == "cuda")
-    model = load_checkpoint(plan.path, plan.spec, args.old_ckpt)
+    model = load_model(plan.path, spec["arch"], spec["head"], spec["nesting_list"], args.old_ckpt)
     classify_in_float32(model)
     result = evaluate(model, images, loader, device, tta=args.tta, precision=about["precision"],
                       skip_bad_images=args.skip_bad_images, keep=keep)
     show_skipped(result["skipped"])
-    run = {"model": model_name(plan.spec), "path": plan.path, **about, **result, "spec": plan.spec,
+    run = {"model": model_name(spec), "path": plan.path, **about, **result, "spec": spec,
            "device": args.device, "folder": str(images.folder), "batch_size": args.batch_size,
            "torch": torch.__version__}
-    write_json(accuracy_path(args.output, plan.spec, about["dataset"], args.tta, about["checkpoint"]), run)
+    write_json(accuracy_path(args.output, spec, about["dataset"], args.tta, about["checkpoint"]), run)
     for what, tensor in keep.tensors() if keep else ():
         file, says = plan.files[what]
         save_tensor(file, tensor, says | {"n": result["n"], "skipped": result["skipped"]})
     return run
-
-
-def list_wanted(args):
-    return [what for what in SAVED if getattr(args, f"save_{what}")]
 
 
 def describe_output(what, about, images):
@@ -174,13 +170,9 @@ class Outputs:
 
     def tensors(self):
         """Yields (name, tensor) for each that is wanted."""
-        if "gt" in self.wanted:
-            yield "gt", self.gt[:self.n].clone()
-        if "predictions" in self.wanted:
-            yield "predictions", self.predictions[:, :self.n].clone()
         logits = None if self.logits is None else self.logits[:, :self.n].contiguous()    # a copy if any was skipped
-        if "logits" in self.wanted:
-            yield "logits", logits
+        made = {"gt": self.gt[:self.n].clone(), "predictions": self.predictions[:, :self.n].clone(), "logits": logits}
+        yield from ((what, tensor) for what, tensor in made.items() if what in self.wanted)
         if "softmax" in self.wanted:
             for one_size in logits:
                 torch.softmax(one_size, -1, out=one_size)

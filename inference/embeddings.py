@@ -8,8 +8,6 @@ same either way. The JSON with "complete": true is written last. A lock keeps a 
 import os
 from contextlib import ExitStack
 from functools import cache
-from itertools import groupby
-from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +18,11 @@ from image_set import ImageSet, Preparation, find_readable_rows, make_loader, sh
 from processes import barrier, rank, run_by_first, run_together, world
 from saved_files import arrays_stem, check_distinct, check_free, describe_origin
 from tqdm import tqdm
-from which_model import check_checkpoints, is_fixed_feature, load_checkpoint
+from which_model import check_checkpoints, is_fixed_feature
 
 from mrl_files import InputError, allocate, json_contains, locked, read_array, read_json, replacing, write_json
 from mrl_images import check_same_classes, printable
-from mrl_models import autocast, classifier
+from mrl_models import autocast, classifier, load_model
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 TODO, DONE, UNREADABLE = 0, 1, 2            # what the byte of an image says
@@ -43,8 +41,8 @@ class Dump(NamedTuple):
 def embed(args, device):
     """Write the arrays of each checkpoint; under torchrun the processes share the images."""
     plans = run_together(plan_dumps, args, device)
-    for _, of_one_checkpoint in groupby(plans, attrgetter("path")):
-        embed_one(list(of_one_checkpoint), args, device)
+    for path in dict.fromkeys(plan.path for plan in plans):
+        embed_one([plan for plan in plans if plan.path == path], args, device)
 
 
 def plan_dumps(args, device):
@@ -74,7 +72,9 @@ def open_splits(splits, num_classes, args):
 
 def plan_dump(path, spec, name, split, images, device, args):
     precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
-    kept = cut_spec(spec, args.rep_size) if args.rep_size and not is_fixed_feature(spec["head"]) else spec
+    kept = spec
+    if args.rep_size and not is_fixed_feature(spec["head"]):      # as if the model ended there
+        kept = {**spec, "nesting_list": [d for d in spec["nesting_list"] if d < args.rep_size] + [args.rep_size]}
     about = describe_dump({**describe_origin(path, kept, name, images, args), "split": split}, precision,
                            args.storage or "fp32")
     stem = arrays_stem(args.retrieval_array_path or ".", name, split, kept)
@@ -82,15 +82,10 @@ def plan_dump(path, spec, name, split, images, device, args):
     return Dump(path, spec, images, stem, about)
 
 
-def cut_spec(spec, size):
-    """-> a nested model's spec as if it ended at `size`: the first numbers of an embedding are one."""
-    return {**spec, "nesting_list": [d for d in spec["nesting_list"] if d < size] + [size]}
-
-
 def embed_one(plans, args, device):
-    """The splits of one checkpoint."""
     path, spec, *_ = plans[0]
-    network = remove_head(load_checkpoint(path, spec, args.old_ckpt)).to(device)
+    model = load_model(path, spec["arch"], spec["head"], spec["nesting_list"], args.old_ckpt)
+    network = remove_head(model).to(device)
     for plan in plans:
         written = dump(network, plan.images, plan.stem, plan.about, device, batch_size=args.batch_size,
                        workers=args.workers, skip_bad_images=args.skip_bad_images, overwrite=args.overwrite)
@@ -157,7 +152,9 @@ def begin(files, about, n, skip_bad_images, overwrite):
     if files.plan.exists() and not files.rows.exists() and files.X.exists():      # stopped in `finish`: undo the rename
         os.replace(files.X, files.rows)
     if files.rows.exists() and json_contains(files.plan, about):
-        retry_unreadable(files.state)
+        state = read_array(files.state, "r+")
+        state[state == UNREADABLE] = TODO              # they may have been repaired since
+        state.flush()
         print(f"{files.X}: going on where it stopped")
     elif (files.X.exists() and json_contains(files.about, about)
           and not (overwrite and read_json(files.about)["skipped"])):
@@ -169,13 +166,6 @@ def begin(files, about, n, skip_bad_images, overwrite):
         allocate(files.state, (n,), np.uint8)
         write_json(files.plan, about)
         files.about.unlink(missing_ok=True)            # what it describes is kept until there is room for the new
-
-
-def retry_unreadable(path):
-    """Images that a stopped run could not read may have been repaired since."""
-    state = read_array(path, "r+")
-    state[state == UNREADABLE] = TODO
-    state.flush()
 
 
 @torch.inference_mode()

@@ -95,19 +95,14 @@ def describe_gap(row, images):
 
 
 def find_folder(row, data_root):
-    roots = [Path(data_root)] if data_root else list_default_roots()
+    root = data_root or os.environ.get("IMAGENET_ROOT")      # else the original's; where its README says
+    roots = [Path(file_path(root))] if root else [HERE.parents[1] / "IMAGENET", HERE.parent]
     candidates = [root / folder for root in roots for folder in row.folders]
     for folder in candidates:
         if folder.is_dir():
             return folder
     raise InputError(f"{row.title} is not there: no folder {' or '.join(map(str, candidates))}; "
                      f"get it from {row.source}, or give --data_root")
-
-
-def list_default_roots():
-    if "IMAGENET_ROOT" in os.environ:
-        return [Path(file_path(os.environ["IMAGENET_ROOT"]))]
-    return [HERE.parents[1] / "IMAGENET", HERE.parent]      # the original's folder; where its README puts the sets
 
 
 def read_synsets(file):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pytorch_inference import add_model_flags, join_sizes
 from saved_files import check_free, fingerprint
-from which_model import name_head, open_checkpoint
+from which_model import open_by_flags
 
 from mrl_files import (
     InputError,
@@ -24,7 +24,7 @@ from mrl_files import (
     replacing,
     write_json,
 )
-from mrl_models import find_weights, open_model
+from mrl_models import find_weights
 
 FILES = WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 KINDS = {"mrl": "MRL (a classifier for each size)", "mrl_e": "MRL-E (one classifier, read to each size)"}
@@ -48,27 +48,22 @@ Sizes: {sizes}. Classes: {num_classes}.
 With the MRL repository installed (`pip install -e .` in it):
 
 ```python
-{use}
+{imports}from mrl_models import load_model
+
+model = load_model({place})      # images [N, 3, H, W] -> logits [N, C] of each size
 ```
 
 Images are RGB, scaled to 0 … 1, then normalised by `mrl_models.MEAN` and `STD`.
 
 `model.safetensors` names the layers as torchvision and `MRL.py` do; `config.json` has the arguments of `build_model`.
 """
-FROM_HUB = """from huggingface_hub import snapshot_download
-from mrl_models import load_model
-
-model = load_model(snapshot_download("{}"))      # images [N, 3, H, W] -> logits [N, C] of each size"""
-FROM_FOLDER = """from mrl_models import load_model
-
-model = load_model("{}")      # this folder. Images [N, 3, H, W] -> logits [N, C] of each size"""
 
 
 def export(args):
     """Write the folder. -> its path. config.json comes last and goes first: it never describes other weights."""
     save, folder = import_extra("safetensors.torch", "export.py").save, Path(args.output)
-    spec, state = read_checkpoint(args)
-    about = {"checkpoint": fingerprint(args.path)}
+    model, state = open_by_flags(args.path, args)
+    spec, about = model.spec, {"checkpoint": fingerprint(args.path)}
     figures = [read_figures(path, about | {"nesting_list": spec["nesting_list"]}) for path in args.figures]
     check_free(folder / CONFIG, about, args.overwrite, *(folder / name for name in FILES))
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,13 +74,6 @@ def export(args):
         temporary.write_text(write_card(spec, figures, args), encoding="utf-8")
     write_json(folder / CONFIG, {"model": spec, **about})
     return folder
-
-
-def read_checkpoint(args):
-    """-> (model.spec, the state dict as it is in the file, under the names of today's layout)."""
-    head = name_head(args.mrl or args.efficient, args.efficient, args.rep_size)
-    spec = open_checkpoint(args.path, args.arch, head, args.nesting_list, args.old_ckpt).spec
-    return spec, open_model(args.path, spec["arch"], spec["head"], spec["nesting_list"], args.old_ckpt)[1]
 
 
 def read_figures(path, about):
@@ -110,7 +98,8 @@ def write_card(spec, figures, args):
                        kind=KINDS.get(spec["head"], "FF (a classifier on the first features)"),
                        sizes=", ".join(map(str, spec["nesting_list"])), num_classes=spec["num_classes"],
                        accuracy=tabulate(figures) if figures else "Not measured.",
-                       use=(FROM_HUB if args.push else FROM_FOLDER).format(title))
+                       imports="from huggingface_hub import snapshot_download\n" if args.push else "",
+                       place=f'snapshot_download("{title}")' if args.push else f'"{title}"')
 
 
 def tabulate(figures):
@@ -120,12 +109,9 @@ def tabulate(figures):
     rows = [[size, *(f"{100 * run[top][g]:.2f}" for run in figures for top in ("top1", "top5"))]
             for g, size in enumerate(figures[0]["nesting_list"])]
     table = [f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows)]
-    return "\n".join([*table, "", *(describe_evaluation(name, run) for name, run in zip(names, figures, strict=True))])
-
-
-def describe_evaluation(name, run):
-    return (f"- {name}: {run['n']:,} images, the central {run['crop']} pixels of {run['resize']}, {run['precision']}"
-            + ", logits of mirrored images added" * run["tta"])
+    done = [f"- {name}: {run['n']:,} images, the central {run['crop']} pixels of {run['resize']}, {run['precision']}"
+            + ", logits of mirrored images added" * run["tta"] for name, run in zip(names, figures, strict=True)]
+    return "\n".join([*table, "", *done])
 
 
 # ------------------------------------------------------------------------------------------------ the hub

@@ -16,7 +16,6 @@ from mrl_models import (
     check_image_size,
     default_nesting_list,
     feature_width,
-    load_model,
     open_model,
     read_params,
     read_state_dict,
@@ -37,8 +36,7 @@ def check_checkpoints(args):
 
 def check_checkpoint(path, args):
     """-> model.spec. --rep_size is a fixed-feature model's size; a nested one's embeddings are cut there."""
-    head = name_head(args.mrl or args.efficient, args.efficient, args.rep_size)
-    model = open_checkpoint(path, args.arch, head, args.nesting_list, args.old_ckpt)
+    model, _ = open_by_flags(path, args)
     largest = model.spec["nesting_list"][-1]
     if args.rep_size and args.rep_size > largest:
         raise InputError(f"{path}: --rep_size {args.rep_size} was asked for, the file holds sizes up to {largest}")
@@ -46,16 +44,16 @@ def check_checkpoint(path, args):
     return model.spec
 
 
-def load_checkpoint(path, spec, old_ckpt=False):
-    """-> the model in eval mode, on the CPU. spec: what `open_checkpoint` found."""
-    return load_model(path, spec["arch"], spec["head"], spec["nesting_list"], old_ckpt)
+def open_by_flags(path, args):
+    """`open_checkpoint` with the flags that pytorch_inference.py and export.py share."""
+    head = name_head(args.mrl or args.efficient, args.efficient, args.rep_size)
+    return open_checkpoint(path, args.arch, head, args.nesting_list, args.old_ckpt)
 
 
 def open_checkpoint(path, arch=None, head=None, nesting_list=None, old_ckpt=False):
-    """-> the model without its numbers, on the meta device; model.spec tells what the file holds.
+    """open_model with the defaults of a command -> (the model without its numbers, its state dict).
 
-    The arguments are load_model's, as far as flags say them. nesting_list is of the nested models among those of a
-    command: a fixed-feature model has one size, and shows it.
+    nesting_list is of the nested models among those of a command: a fixed-feature model has one size, and shows it.
     """
     given, known = {"arch": arch, "head": head, "nesting_list": nesting_list}, read_params(path)
     if not known:
@@ -63,7 +61,7 @@ def open_checkpoint(path, arch=None, head=None, nesting_list=None, old_ckpt=Fals
     if nesting_list and is_fixed_feature(known.get("head") or given["head"] or read_head(path)):
         given["nesting_list"] = None
     try:
-        return open_model(path, **given, old_ckpt=old_ckpt)[0]
+        return open_model(path, **given, old_ckpt=old_ckpt)
     except Unsettled as error:
         raise InputError(f"{error.problem}: give {FLAGS[error.argument]}") from None
 

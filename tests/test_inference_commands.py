@@ -343,7 +343,7 @@ def test_a_crop_that_the_network_does_not_take(command, monkeypatch, arch, crop)
     """The line of training, before any image is read; the network is not built with weights, which takes seconds."""
     with torch.device("meta"):
         model = build_model(arch, "ff8", num_classes=10)
-    monkeypatch.setattr(which_model, "open_checkpoint", lambda *_: model)
+    monkeypatch.setattr(which_model, "open_checkpoint", lambda *_: (model, {}))
     for words in ([], ["--retrieval"]):
         with pytest.raises(InputError, match=f"--crop={crop}: {arch} does not take images of this size: "):
             command("--path", "w.pt", "--resize", 256, "--crop", crop, *words)

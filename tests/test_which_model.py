@@ -8,11 +8,11 @@ import torch
 from classification import compute_logits
 from conftest import fill
 from image_trees import make_run
-from which_model import check_checkpoint, load_checkpoint, read_released_name
+from which_model import check_checkpoint, open_by_flags, read_released_name
 
 from MRL import NESTING_LIST
 from mrl_files import InputError
-from mrl_models import build_model, find_weights
+from mrl_models import build_model, fill_model, find_weights
 
 EVERY_SIZE = {"mrl": NESTING_LIST, "mrl_e": NESTING_LIST, "ff512": [512], "ff2048": [2048]}
 FLAGS = {"arch": None, "mrl": False, "efficient": False, "rep_size": None, "nesting_list": None, "old_ckpt": False,
@@ -22,7 +22,8 @@ FLAGS = {"arch": None, "mrl": False, "efficient": False, "rep_size": None, "nest
 def load(path, **flags):
     """By the flags of pytorch_inference.py."""
     args = SimpleNamespace(**FLAGS | flags)
-    return load_checkpoint(path, check_checkpoint(path, args), args.old_ckpt)
+    check_checkpoint(path, args)
+    return fill_model(*open_by_flags(path, args))
 
 
 @pytest.fixture(scope="module")

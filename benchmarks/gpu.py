@@ -201,30 +201,21 @@ def run_part(name, args, limit):
     """Yield the rows of a part as they come; then one that says what went wrong, if anything did. limit: seconds."""
     words = [sys.executable, __file__, "--part", name, "--device", args.device, *(["--tiny"] if args.tiny else [])]
     stop = time.monotonic() + limit
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=None if name == "GPU tests" else errors,
-                                   text=True, start_new_session=True)
-        timer = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))      # and what it started
-        timer.start()
-        try:
-            yield from (json.loads(line[4:]) for line in process.stdout if line.startswith("row "))
-        except BaseException:      # Ctrl-C: a session of its own does not hear of it
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-        finally:
-            process.wait()
-            timer.cancel()
-        errors.seek(0)
-        if process.returncode == -signal.SIGKILL and time.monotonic() >= stop:
-            yield [name, f"STOPPED: its {limit:.0f} s were over", "", ""]
-        elif process.returncode:
-            yield [name, f"FAILED: {last_words(errors.read(), process.returncode)}", "", ""]
-
-
-def last_words(errors, status):
-    """-> the last line of what a part said on stderr, which is shown in full (its end) beside the table."""
-    print(errors[-4000:], end="", file=sys.stderr, flush=True)
-    return (errors.strip().splitlines() or [f"exit status {status}"])[-1].removeprefix("error: ")
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    timer = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))      # and what it started
+    timer.start()
+    try:
+        yield from (json.loads(line[4:]) for line in process.stdout if line.startswith("row "))
+    except BaseException:      # Ctrl-C: a session of its own does not hear of it
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    finally:
+        process.wait()
+        timer.cancel()
+    if process.returncode == -signal.SIGKILL and time.monotonic() >= stop:
+        yield [name, f"STOPPED: its {limit:.0f} s were over", "", ""]
+    elif process.returncode:
+        yield [name, f"FAILED: exit status {process.returncode}, see standard error", "", ""]
 
 
 def main():

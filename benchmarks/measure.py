@@ -25,8 +25,6 @@ def spread(values, digits=3):
     return f"{np.median(values):.{digits}g} ({np.min(values):.{digits}g}–{np.max(values):.{digits}g})"
 
 
-# ------------------------------------------------------------------------------------------------ time
-
 def seconds(work, device="cpu", repeat=1):
     """Of one call of work(), over `repeat` calls; a GPU is waited for before and after."""
     synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
@@ -46,8 +44,6 @@ def take_turns(works, rounds, device="cpu", repeat=1):
             times[name].append(seconds(work, device, repeat))
     return {name: np.array(values) for name, values in times.items()}
 
-
-# ------------------------------------------------------------------------------------------------ memory
 
 def private_mb(pid):
     """RssAnon of a process and its children, MB: the pages of mapped files do not count. 0 once it has ended."""
@@ -70,8 +66,6 @@ def watch(command):
         sys.exit(f"{' '.join(command)}: exit status {process.returncode}")
     return time.perf_counter() - start, peak
 
-
-# ------------------------------------------------------------------------------------------------ pictures
 
 def make_images(folder, count, pixels, different=250):
     """Photograph-like: smooth colours with noise on top, 4:3, as JPEGs in ten class folders. pixels: longest side.

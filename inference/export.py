@@ -89,8 +89,6 @@ def read_figures(path, about):
     return content
 
 
-# ------------------------------------------------------------------------------------------------ the model card
-
 def write_card(spec, figures, args):
     """-> the text of README.md: a model card as the hub reads it."""
     title = args.push or Path(args.output).resolve().name
@@ -113,8 +111,6 @@ def tabulate(figures):
             + ", logits of mirrored images added" * run["tta"] for name, run in zip(names, figures, strict=True)]
     return "\n".join([*table, "", *done])
 
-
-# ------------------------------------------------------------------------------------------------ the hub
 
 def push(folder, name, hub):
     """Upload the three files. Whatever fails there (no token, no network, no permission) is told in one line."""

@@ -60,8 +60,6 @@ def fingerprint(path):
     return digest.hexdigest()[:16]
 
 
-# ------------------------------------------------------------------------------------------------ writing
-
 def save_tensor(path, tensor, about):
     """A plain tensor, for torch.load(path, mmap=True, weights_only=True), and its JSON.
 
@@ -95,8 +93,6 @@ def check_distinct(files, flag):
         if contents.setdefault(file, content) != content:
             raise InputError(f"--path: two of them would write {file}; give them an {flag} each")
 
-
-# ------------------------------------------------------------------------------------------------ reading
 
 def read_arrays(folder, dataset, split, model):
     """-> X [N, D] float32 or float16, memory-mapped; y [N] int64; the companion's content ({} where there is none)."""

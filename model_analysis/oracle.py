@@ -48,8 +48,6 @@ def majority_vote(predictions):
     return np.where(votes == votes.max(0), predictions, predictions.max() + 1).min(0)
 
 
-# ------------------------------------------------------------------------------------------------ classes and sizes
-
 def class_accuracy(predictions, gt):
     """-> accuracy [G, K]: per size, the share of each class's images that are right; classes [K], those that have
     images, ascending: a part of a set may hold some of the model's classes only."""

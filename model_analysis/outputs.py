@@ -13,15 +13,9 @@ import torch
 
 from mrl_files import InputError, check_labels, describe_error, file_path, identify_file, read_json
 
-# The first is what this repository writes (the original's script left `_ff=` out and some of its notebooks wrote 1 for
-# True); the second is what the original's oracle, superclass and Grad-CAM notebooks ask for: sh (single head) is MRL-E.
-SPELLINGS = [
-    re.compile(r"mrl=(?P<mrl>\w+?)_efficient=(?P<efficient>\w+?)(_ff=(?P<size>\d+))?_dataset=(?P<dataset>.+)"
-               r"_tta=(?P<tta>\w+?)_(?P<kind>logits|softmax|predictions)"),
-    re.compile(r"(?P<kind>logits|softmax|predictions)_sh=(?P<efficient>\w+?)_mh=(?P<mrl>\w+?)_ff=\w+?"
-               r"_feat_dim=(?P<size>\d+)_dataset=(?P<dataset>.+)"),
-]
-FOLDERS = ["", "logits", "softmax", "predictions", "ground_truth"]      # the original's notebooks sort into subfolders
+# The original's script leaves `_ff=` out, and some of its notebooks write 1 for True.
+NAME = re.compile(r"mrl=(?P<mrl>\w+?)_efficient=(?P<efficient>\w+?)(_ff=(?P<size>\d+))?_dataset=(?P<dataset>.+)"
+                  r"_tta=(?P<tta>\w+?)_(?P<kind>logits|softmax|predictions)")
 YES = ("True", "1")
 
 
@@ -83,24 +77,21 @@ def saved_files(folder):
     folder = file_path(folder)
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder; it must be the one where pytorch_inference.py saved its files")
-    return sorted(path for sub in FOLDERS for path in Path(folder, sub).glob("*.pth"))
+    return sorted(Path(folder).glob("*.pth"))
 
 
 def parse(stem):
-    """A file name without its ending -> kind, head, dataset, tta (None: not said), or None for another file."""
-    found = next(filter(None, (spelling.fullmatch(stem) for spelling in SPELLINGS)), None)
-    if found is None:
+    """A file name without its ending -> kind, head, dataset, tta, or None for another file."""
+    if not (found := NAME.fullmatch(stem)):
         return None
     name = found.groupdict()
     head = "mrl_e" if name["efficient"] in YES else "mrl" if name["mrl"] in YES else f"ff{name['size'] or ''}"
-    tta = name["tta"] in YES if "tta" in name else None
-    return {"kind": name["kind"], "head": head, "dataset": name["dataset"], "tta": tta}
+    return {"kind": name["kind"], "head": head, "dataset": name["dataset"], "tta": name["tta"] in YES}
 
 
 def matches(name, wanted):
-    """What a name leaves out (the original's: tta, or the size of a fixed-feature model) fits anything."""
-    return (name["kind"] == wanted["kind"] and same(name["dataset"], wanted["dataset"])
-            and name["tta"] in (None, wanted["tta"])
+    """The size of a fixed-feature model, which the original's names leave out, may be any."""
+    return (name["kind"] == wanted["kind"] and same(name["dataset"], wanted["dataset"]) and name["tta"] == wanted["tta"]
             and (name["head"] == wanted["head"] or (name["head"] == "ff" and wanted["head"].startswith("ff"))))
 
 
@@ -112,8 +103,7 @@ def same(a, b):
 def inference_command(wanted):
     head = {"mrl": "--mrl", "mrl_e": "--mrl --efficient"}.get(wanted["head"], f"--rep_size {wanted['head'][2:]}")
     return (f"cd inference && python pytorch_inference.py --path <final_weights.pt> {head} "
-            f"--dataset {wanted['dataset']}{' --tta' * wanted['tta']} "
-            f"--save_{wanted['kind']} --save_gt")
+            f"--dataset {wanted['dataset']}{' --tta' * wanted['tta']} --save_{wanted['kind']} --save_gt")
 
 
 # ------------------------------------------------------------------------------------------------ what it holds
@@ -121,8 +111,7 @@ def inference_command(wanted):
 def load(path, dims):
     """-> the file's array: float32 [G, N, C] for dims=3, int64 [G, N] for 2, int64 [N] for 1."""
     try:
-        tensor = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        array = tensor.numpy()
+        array = torch.load(path, map_location="cpu", mmap=True, weights_only=True).numpy()
     except Exception as error:
         raise InputError(f"{path}: not a saved tensor, or truncated "
                          f"({identify_file(path) or describe_error(error)})") from None
@@ -140,10 +129,6 @@ def describe(path, array, wanted, said):
     """-> info, from what the .json beside the file said, or as far as the name and the shape show it."""
     known = {"nesting_list": sizes_by_name(path, array, wanted["head"]), "classes": None, "checkpoint": None,
              "images": None, "num_classes": array.shape[2] if array.ndim == 3 else None, **said}
-    for key in ("dataset", "tta"):
-        if not same(known.get(key, wanted[key]), wanted[key]):
-            raise InputError(f"{path}: is named {key}={wanted[key]}, the .json beside it says {known[key]}; it was "
-                             "renamed: run inference again")
     return {**{key: wanted[key] for key in ("head", "dataset", "tta")},
             **{key: known[key] for key in ("nesting_list", "num_classes", "classes", "checkpoint", "images")}}
 
@@ -152,7 +137,7 @@ def sizes_by_name(path, array, head):
     """The sizes of a file without .json: G of them, doubling up to the one in its name (2048 where it has none)."""
     if head.startswith("ff"):
         return [int(head[2:])]
-    named = re.search(r"(?:ff|feat_dim)=(\d+)", path.stem)
+    named = re.search(r"ff=(\d+)", path.stem)
     return [int(named[1] if named else 2048) >> i for i in reversed(range(len(array)))]
 
 

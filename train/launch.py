@@ -34,7 +34,6 @@ class StoppedTogether(SystemExit):
 class Process:
     """Which process this is; the whole world is one process unless there are more."""
     rank: int = 0
-    local_rank: int = 0
     world_size: int = 1
     device: torch.device = None
 
@@ -152,7 +151,7 @@ def run_worker(local_rank, worker, settings, *args):
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=meeting_place(rank, size), rank=rank,
                             world_size=size)
     try:
-        worker(Process(rank, local_rank, size, device), settings, *args)
+        worker(Process(rank, size, device), settings, *args)
     except BaseException as end:
         leave_group(together=isinstance(end, StoppedTogether))
         raise

@@ -164,6 +164,11 @@ def supervised(writer, path):
         signal.signal(signal.SIGCHLD, before)
 
 
+def page_size(max_resolution):
+    """A page must hold one raw image."""
+    return max(4 * MIN_PAGE_SIZE, 1 << (3 * max_resolution ** 2 - 1).bit_length())
+
+
 def write(cfg):
     dataset = open_dataset(cfg)
     images = Readable(dataset, len(dataset) if cfg.subset < 0 else min(cfg.subset, len(dataset)), cfg.max_resolution)
@@ -172,10 +177,9 @@ def write(cfg):
     compress = {} if cfg.compress_probability is None else {"compress_probability": cfg.compress_probability}
     image = RGBImageField(write_mode=cfg.write_mode, max_resolution=cfg.max_resolution,
                           jpeg_quality=cfg.jpeg_quality, **compress)
-    page = max(4 * MIN_PAGE_SIZE, 1 << (3 * cfg.max_resolution ** 2 - 1).bit_length())      # holds one raw image
     with replacing(cfg.write_path) as path:
         writer = DatasetWriter(str(path), {"image": image, "label": IntField()}, num_workers=cfg.num_workers,
-                               page_size=page)
+                               page_size=page_size(cfg.max_resolution))
         with supervised(writer, cfg.write_path):
             writer.from_indexed_dataset(images, chunksize=cfg.chunk_size)
         if images.unreadable.value:
@@ -187,7 +191,8 @@ def write(cfg):
 
 
 def main():
-    write(read_settings(CONFIG, __doc__).cfg)
+    cfg = read_settings(CONFIG, __doc__).cfg
+    write(cfg)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The GPU tests, then one table of what only a GPU can show: training, validation, resuming, embeddings, search.
+"""The GPU tests (a run is resumed among them), then one table: training, validation, embeddings, search.
 
     PYTHONPATH=train:inference:retrieval python benchmarks/gpu.py
     PYTHONPATH=train:inference:retrieval python benchmarks/gpu.py --tiny --device cpu        each part, in seconds
@@ -87,7 +87,7 @@ def peak_memory(step, pixels, args):
 
 
 def epochs(sizes):
-    """Training fed by FFCV from a file of JPEGs and raw pixels; its validation; the same run killed and resumed."""
+    """Training fed by FFCV from a file of JPEGs and raw pixels, and its validation."""
     import train_epoch
     args = train_epoch.device_and_precision(SimpleNamespace(**sizes.epoch))
     with tempfile.TemporaryDirectory() as folder:
@@ -98,38 +98,9 @@ def epochs(sizes):
         speed, waiting = train_epoch.speed_and_waiting(records)
         show(f"epochs of {args.count} images from FFCV, {args.workers} workers", f"{spread(speed, 4)} images/s",
              f"{spread(100 * waiting)} % waiting", "less than 5 %")
-        whole = folder / "runs" / str(args.workers)
         show("validation, each image and its mirror image",
              f"{spread(np.array([r['val_images'] / r['val_time'] for r in records]), 4)} images/s")
         show("peak memory of training and validation", f"{records[-1]['peak_memory_mb'] / 1024:.1f} GiB")
-        difference = how_far_apart(whole, killed_and_resumed(whole))
-        show("killed (SIGKILL) after an epoch and resumed", "the same weights" if difference == 0 else
-             f"weights differ by at most {difference:.2g} of a tensor's largest", "", "a GPU adds in any order: not 0")
-
-
-def killed_and_resumed(whole):
-    """Begin the run of the folder `whole` again, kill it after its first epoch, resume it -> its folder."""
-    import checkpoint
-    import train_epoch
-    settings = checkpoint.saved_settings(whole)
-    settings["logging"]["name"] = "killed"
-    words = [f"--{section}.{key}={value}" for section, values in settings.items() for key, value in values.items()]
-    process = subprocess.Popen([sys.executable, "train_imagenet.py", *words], cwd=train_epoch.TRAIN,
-                               stdout=subprocess.DEVNULL)
-    run = whole.with_name("killed")
-    while process.poll() is None and not (run / "checkpoint.pt").exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    train_epoch.python("train_imagenet.py", f"--training.resume={run}")
-    return run
-
-
-def how_far_apart(*runs):
-    """-> the largest difference between the final weights of two runs, as a share of the tensor's largest number."""
-    one, other = (torch.load(run / "final_weights.pt", weights_only=True) for run in runs)
-    return max(((one[k] - other[k]).abs().max() / one[k].abs().max().clamp(min=1e-12)).item()
-               for k in one if one[k].is_floating_point())
 
 
 def dump(sizes):

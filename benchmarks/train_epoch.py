@@ -4,12 +4,10 @@
     python benchmarks/train_epoch.py --images $IMAGENET_DIR/val --workers 4 8 16          on the GPU
     python benchmarks/train_epoch.py --device cpu --arch resnet18 --batch_size 8 --resolution 32 --count 32 --pixels 64
 
-The file is made by train/write_imagenet.py (half JPEGs of quality 90, half raw pixels, as the README's) from the image
-folder, or from pictures that are made up. train/train_imagenet.py runs on it once for each number of workers; its log
-gives images/s and waiting, of each epoch after the first (which warms up), as median (min–max). Beside them, with the
-same file: FFCV alone, nothing trained; and with the data already on the device: our step and the plain recipe's of
-train_step.py, the most that either could reach. Cores to wait less than 5 %: 0.95 * our step's rate / the rate of one
-decoding worker, if decoding grows in proportion (the FFCV column shows how it does here).
+The file (half JPEGs, half raw pixels, as the README's) is made of the image folder, or of made-up pictures. Training
+runs on it once for each number of workers: images/s and waiting of the epochs after the first (which warms up), as
+median (min–max). Beside them FFCV alone; and train_step.py's two steps, the most that either could reach. Cores to wait
+less than 5 %: 0.95 * our step's rate / that of one decoding worker, if decoding grows in proportion to the cores.
 """
 import argparse
 import json

@@ -5,13 +5,11 @@
     python benchmarks/train_step.py --compile 1 --precision bf16
     python benchmarks/train_step.py --device cpu --arch resnet18 --batch_size 8 --resolutions 32 --rounds 2
 
-Ours is train/trainer.py's own step: uint8 images normalised on the device, channels-last, fused SGD, one batched loss,
-autocast, torch.compile on request; it never waits for the device. Plain is the usual recipe: fp16 autocast and
-GradScaler, channels-last, BlurPool, cudnn.benchmark, SGD as PyTorch's default, one linear layer and one cross-entropy
-per size; it waits once a step, in GradScaler, as it must with that SGD. Each resolution is warmed up, then all take
-turns in each round; ratios are within a round, as median (min–max). Targets on an H200: ours / plain at least 1.4 at
-160 and 192 px; MRL's step within 1 % of FF's.
-On a CPU the default is fp32 on both sides.
+Ours is train/trainer.py's own step; it never waits for the device. Plain is the usual recipe: fp16 autocast and
+GradScaler (which waits once a step), channels-last, BlurPool, SGD as PyTorch's default, head.py's plain heads and loss.
+On a CPU the default is fp32 on both sides. Each resolution is warmed up, then all take turns in each round; ratios are
+within a round, as median (min–max). Targets on an H200: ours / plain at least 1.4 at 160 and 192 px; MRL's step within
+1 % of FF's.
 """
 import argparse
 

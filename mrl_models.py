@@ -9,6 +9,7 @@ import math
 import operator
 import pickle
 import re
+from difflib import get_close_matches
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -56,15 +57,17 @@ def add_blurpool(model):
 
 
 def build_model(arch="resnet50", head="mrl", nesting_list=None, num_classes=1000, blurpool=True, pretrained=False):
-    """A torchvision classifier whose last linear layer is replaced by a nested (or fixed-feature) head.
+    """A classifier whose last linear layer is replaced by a nested (or fixed-feature) head.
 
+    arch: a torchvision classifier, or timm/<name>: one of timm's, where that is installed.
     head: "mrl", "mrl_e", or "ff<d>": a classifier on the first d features.
     nesting_list: G sizes; None is 8, 16 ... up to the feature width. An "ff<d>" head has the one size d.
-    pretrained: torchvision's weights for the backbone (the new head is random).
+    pretrained: the library's weights for the backbone (the new head is random).
     -> module: images [N, 3, H, W] -> tuple of G [N, C] ("ff<d>": [N, C]). `model.spec` holds these arguments,
-    with nesting_list and feature_dim filled in. Raises InputError for what does not exist or fit.
+    with nesting_list and feature_dim filled in; for timm also with what `preparation` asks. Raises InputError for what
+    does not exist or fit.
     """
-    model = torchvision_model(arch, pretrained)
+    model = find_backbone(arch, pretrained)
     if blurpool:
         add_blurpool(model)
     name, linear = classifier(model)
@@ -76,7 +79,31 @@ def build_model(arch="resnet50", head="mrl", nesting_list=None, num_classes=1000
     model.set_submodule(name, layer)
     model.spec = {"arch": arch, "head": head, "nesting_list": sizes, "num_classes": num_classes,
                   "blurpool": bool(blurpool), "feature_dim": linear.in_features}
+    if arch.startswith("timm/"):
+        of = model.pretrained_cfg
+        model.spec |= {"mean": list(of["mean"]), "std": list(of["std"]), "crop_pct": float(of["crop_pct"])}
     return model
+
+
+def find_backbone(arch, pretrained=False):
+    return (timm_model if arch.startswith("timm/") else torchvision_model)(arch, pretrained)
+
+
+def timm_model(arch, pretrained=False):
+    """Its transformers are built to take images of all sizes that their patches divide, where timm offers it."""
+    with torch.device("cpu"):
+        timm = import_extra("timm", f"the architecture {arch}")
+    name, known = arch.removeprefix("timm/"), timm.list_models() + timm.list_pretrained()
+    if name not in known:
+        near = ", ".join(f"timm/{one}" for one in get_close_matches(name, known))
+        raise InputError(f"unknown architecture {arch!r}: {f'near it: {near}' if near else 'see timm.list_models()'}")
+    if pretrained and not timm.is_model_pretrained(name):
+        raise InputError(f"{arch}: timm has no weights of it, to begin with; leave pretrained out")
+    create = partial(timm.create_model, name, pretrained=pretrained, num_classes=1)
+    try:
+        return create(dynamic_img_size=True)
+    except TypeError:      # only some have the argument
+        return create()
 
 
 def torchvision_model(arch, pretrained=False):
@@ -93,21 +120,38 @@ def torchvision_model(arch, pretrained=False):
 
 
 def build_from_spec(spec, pretrained=False):
-    """A new model like the one whose `spec` it is."""
-    return build_model(**{key: value for key, value in spec.items() if key != "feature_dim"}, pretrained=pretrained)
+    """A new model like the one whose `spec` it is. What that records of its images stands, whatever timm says now."""
+    recorded = {key: spec[key] for key in ("mean", "std", "crop_pct") if key in spec}
+    model = build_model(**{key: value for key, value in spec.items() if key not in ("feature_dim", *recorded)},
+                        pretrained=pretrained)
+    model.spec |= recorded
+    return model
+
+
+def preparation(spec, resize=None, crop=224):
+    """-> resize, crop, mean, std: pixels of an image's shorter side and of its central crop; of pixels in 0 ... 1.
+
+    resize: None is what makes the crop the share that timm gives the network; for others 256, the paper's.
+    """
+    resize = resize or (int(crop / spec["crop_pct"]) if "crop_pct" in spec else 256)
+    if resize < crop:
+        raise InputError(f"--resize {resize} is smaller than --crop {crop}")
+    return resize, crop, tuple(spec.get("mean", MEAN)), tuple(spec.get("std", STD))
 
 
 def feature_width(arch):
     """-> D, how many features an architecture gives its classifier."""
     with torch.device("meta"):      # costs nothing: only the shapes are needed
-        return classifier(torchvision_model(arch))[1].in_features
+        return classifier(find_backbone(arch))[1].in_features
 
 
 def classifier(model):
-    """-> (name, module) of the classifier: our head if there is one, else the last linear layer."""
-    kinds = (MRL_Linear_Layer, FixedFeatureLayer)
+    """-> (name, module) of the classifier: our head if there is one, else the last linear layer, or the one that timm
+    names."""
+    kinds, own = (MRL_Linear_Layer, FixedFeatureLayer), getattr(model, "get_classifier", lambda: None)()
     modules = list(model.named_modules())
-    found = ([m for m in modules if isinstance(m[1], kinds)] or [m for m in modules if isinstance(m[1], nn.Linear)])
+    found = ([m for m in modules if isinstance(m[1], kinds)]
+             or [m for m in modules if isinstance(m[1], nn.Linear) and (own is None or m[1] is own)])
     if not found:
         raise InputError(f"{type(model).__name__} does not end in a linear classifier")
     return found[-1]
@@ -287,7 +331,8 @@ def read_params(path):
     if content is None or (content and all("." in key for key in content)):
         return {}
     spec, kinds = content.get("model"), {"arch": str, "head": str, "nesting_list": list, "num_classes": int,
-                                         "blurpool": bool, "feature_dim": int}
+                                         "blurpool": bool, "feature_dim": int, "mean": list, "std": list,
+                                         "crop_pct": float}
     if not isinstance(spec, dict) or not all(isinstance(v, kinds.get(k, ())) for k, v in spec.items()):
         raise InputError(f"{params}: its \"model\" is not what build_model takes; "
                          "repair it, or move the checkpoint elsewhere and give flags")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from which_model import check_checkpoints, is_fixed_feature
 
 from mrl_files import InputError, write_json
-from mrl_models import autocast, classify_in_float32, count, load_model, model_name, stack_logits
+from mrl_models import autocast, classify_in_float32, count, load_model, model_name, preparation, stack_logits
 
 SAVED = ("logits", "softmax", "gt", "predictions")
 
@@ -42,9 +42,10 @@ class Evaluation(NamedTuple):
 def classify(args, device):
     """Evaluate and write; several checkpoints also give one table."""
     name, row = eval_sets.find_row(eval_sets.CLASSIFICATION, args.dataset or "V1")
-    preparation = Preparation(args.resize, args.crop)
-    images_for = cache(lambda num_classes: eval_sets.open_set(row, num_classes, preparation, args.data_root))
-    plans = [plan_evaluation(path, spec, name, images_for(spec["num_classes"]), args)
+    images_for = cache(lambda num_classes, prepared: eval_sets.open_set(row, num_classes, Preparation(*prepared),
+                                                                        args.data_root))
+    plans = [plan_evaluation(path, spec, name,
+                             images_for(spec["num_classes"], preparation(spec, args.resize, args.crop)), args)
              for path, spec in check_checkpoints(args).items()]
     check_distinct((file for plan in plans for file in plan.files.values()), "--output")
     stem = table_stem(args.output, name, args.tta)
@@ -60,7 +61,7 @@ def classify(args, device):
 def plan_evaluation(path, spec, name, images, args):
     if not is_fixed_feature(spec["head"]) and args.rep_size not in (None, spec["nesting_list"][-1]):
         warn(f"--rep_size {args.rep_size} does nothing here: {path} is evaluated at all its sizes")
-    about = {**describe_origin(path, spec, name, images, args), "num_classes": len(images.classes), "tta": args.tta,
+    about = {**describe_origin(path, spec, name, images), "num_classes": len(images.classes), "tta": args.tta,
              "precision": args.precision or "fp32"}
     files = {what: (outputs_path(args.output, spec, name, args.tta, what), describe_output(what, about, images))
              for what in SAVED if getattr(args, f"save_{what}")}
@@ -100,7 +101,8 @@ def describe_output(what, about, images):
 
 def about_table(plans):
     """The JSON beside a table: the checkpoints, and what they have in common."""
-    common = {key: value for key, value in plans[0].about.items() if key not in ("checkpoint", "nesting_list")}
+    common = {key: value for key, value in plans[0].about.items() if key not in ("checkpoint", "nesting_list")
+              and all(plan.about[key] == value for plan in plans)}
     return {"checkpoints": [plan.about["checkpoint"] for plan in plans], **common}
 
 

@@ -22,7 +22,7 @@ from which_model import check_checkpoints, is_fixed_feature
 
 from mrl_files import InputError, allocate, json_contains, locked, read_array, read_json, replacing, write_json
 from mrl_images import check_same_classes, printable
-from mrl_models import autocast, classifier, load_model
+from mrl_models import autocast, classifier, load_model, preparation
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 TODO, DONE, UNREADABLE = 0, 1, 2            # what the byte of an image says
@@ -48,18 +48,18 @@ def embed(args, device):
 def plan_dumps(args, device):
     """-> a Dump for each split of each checkpoint."""
     name, splits = eval_sets.find_row(eval_sets.RETRIEVAL, args.dataset or "1K")
-    images_for = cache(lambda num_classes: open_splits(splits, num_classes, args))
+    images_for = cache(lambda num_classes, prepared: open_splits(splits, num_classes, Preparation(*prepared), args))
     plans = [plan_dump(path, spec, name, split, images, device, args)
              for path, spec in check_checkpoints(args).items()
-             for split, images in images_for(spec["num_classes"]).items()]
+             for split, images in images_for(spec["num_classes"],
+                                             preparation(spec, args.resize, args.crop)).items()]
     check_distinct(((plan.stem, plan.about) for plan in plans), "--retrieval_array_path")
     return plans
 
 
-def open_splits(splits, num_classes, args):
+def open_splits(splits, num_classes, transform, args):
     """-> {split: ImageSet}."""
-    preparation = Preparation(args.resize, args.crop)
-    opened = {split: eval_sets.open_set(row, num_classes, preparation, args.data_root, any_classes=True)
+    opened = {split: eval_sets.open_set(row, num_classes, transform, args.data_root, any_classes=True)
               for split, row in splits.items()}
     if "train" in opened:
         train, val = opened["train"], opened["val"]
@@ -75,7 +75,7 @@ def plan_dump(path, spec, name, split, images, device, args):
     kept = spec
     if args.rep_size and not is_fixed_feature(spec["head"]):      # as if the model ended there
         kept = {**spec, "nesting_list": [d for d in spec["nesting_list"] if d < args.rep_size] + [args.rep_size]}
-    about = describe_dump({**describe_origin(path, kept, name, images, args), "split": split}, precision,
+    about = describe_dump({**describe_origin(path, kept, name, images), "split": split}, precision,
                            args.storage or "fp32")
     stem = arrays_stem(args.retrieval_array_path or ".", name, split, kept)
     check_dump(Files(stem), about, args.skip_bad_images, args.overwrite)

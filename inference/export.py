@@ -24,7 +24,7 @@ from mrl_files import (
     replacing,
     write_json,
 )
-from mrl_models import find_weights
+from mrl_models import find_weights, preparation
 
 FILES = WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 KINDS = {"mrl": "MRL (a classifier for each size)", "mrl_e": "MRL-E (one classifier, read to each size)"}
@@ -45,7 +45,7 @@ Sizes: {sizes}. Classes: {num_classes}.
 
 ## Use
 
-With the MRL repository installed (`pip install -e .` in it):
+With the MRL repository installed (`pip install -e .` in it){and_timm}:
 
 ```python
 {imports}from mrl_models import load_model
@@ -53,9 +53,9 @@ With the MRL repository installed (`pip install -e .` in it):
 model = load_model({place})      # images [N, 3, H, W] -> logits [N, C] of each size
 ```
 
-Images are RGB, scaled to 0 … 1, then normalised by `mrl_models.MEAN` and `STD`.
+Images are RGB, scaled to 0 … 1, then normalised by mean {mean} and standard deviation {std}.
 
-`model.safetensors` names the layers as torchvision and `MRL.py` do; `config.json` has the arguments of `build_model`.
+`model.safetensors` names the layers as {library} and `MRL.py` do; `config.json` has the arguments of `build_model`.
 """
 
 
@@ -91,10 +91,13 @@ def read_figures(path, about):
 
 def write_card(spec, figures, args):
     """-> the text of README.md: a model card as the hub reads it."""
-    title = args.push or Path(args.output).resolve().name
+    title, timm = args.push or Path(args.output).resolve().name, spec["arch"].startswith("timm/")
+    _, _, mean, std = preparation(spec)
     return TEXT.format(license=f"license: {args.license}\n" if args.license else "", title=title, arch=spec["arch"],
                        kind=KINDS.get(spec["head"], "FF (a classifier on the first features)"),
                        sizes=", ".join(map(str, spec["nesting_list"])), num_classes=spec["num_classes"],
+                       mean=mean, std=std, library="timm" if timm else "torchvision",
+                       and_timm=" and timm (`pip install timm`)" * timm,
                        accuracy=tabulate(figures) if figures else "Not measured.",
                        imports="from huggingface_hub import snapshot_download\n" if args.push else "",
                        place=f'snapshot_download("{title}")' if args.push else f'"{title}"')

@@ -83,10 +83,10 @@ def find_readable_rows(images, y, start, bad, skip_bad_images):
 class Preparation(transforms.Compose):
     """Resize the shorter side, crop the centre, normalise: image -> x [3, crop, crop]."""
 
-    def __init__(self, resize=256, crop=224):
+    def __init__(self, resize=256, crop=224, mean=MEAN, std=STD):
         super().__init__([transforms.Resize(resize), transforms.CenterCrop(crop), transforms.ToTensor(),
-                          transforms.Normalize(MEAN, STD)])
-        self.crop = (crop, crop)
+                          transforms.Normalize(mean, std)])
+        self.resize, self.crop = resize, (crop, crop)
 
 
 def make_loader(images, batch_size, workers, pin_memory=False, batches=None):

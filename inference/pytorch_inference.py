@@ -41,13 +41,11 @@ def parse_arguments():
     add_embeddings_flags(parser.add_argument_group("embeddings"))
     args = parser.parse_args()
     args.nesting_list = join_sizes(args.nesting_list)
-    if args.resize < args.crop:
-        raise InputError(f"--resize {args.resize} is smaller than --crop {args.crop}")
     return args
 
 
 def add_model_flags(group):
-    group.add_argument("--arch", help="torchvision architecture (default resnet50)")
+    group.add_argument("--arch", help="torchvision architecture, or timm/<name> (default resnet50)")
     group.add_argument("--mrl", action="store_true", help="nested heads")
     group.add_argument("--efficient", action="store_true", help="MRL-E: one matrix for all sizes")
     group.add_argument("--rep_size", type=positive, help="size of a fixed-feature model; of a nested model, how many "
@@ -62,7 +60,8 @@ def add_run_flags(group):
     group.add_argument("--workers", type=bounded(int, 0, 16 * os.cpu_count()), default=min(12, os.cpu_count()),
                        help="processes that read images")
     group.add_argument("--batch_size", type=positive, default=256)
-    group.add_argument("--resize", type=pixels, default=256, help="pixels of the shorter side before the crop")
+    group.add_argument("--resize", type=pixels, help="pixels of the shorter side before the crop (default 256; "
+                                                      "of a timm network what its crop share says)")
     group.add_argument("--crop", type=pixels, default=224, help="pixels of the central crop")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     either.add_argument("--precision", choices=["fp32", "fp16", "bf16"],

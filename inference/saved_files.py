@@ -45,10 +45,10 @@ def arrays_stem(folder, dataset, split, model):
     return Path(folder) / f"{dataset}_{split}_{model if isinstance(model, str) else model_name(model)}"
 
 
-def describe_origin(path, spec, dataset, images, args):
+def describe_origin(path, spec, dataset, images):
     """-> what files remember of the checkpoint and the images they came from."""
     return {"checkpoint": fingerprint(path), "nesting_list": spec["nesting_list"], "dataset": dataset,
-            "images": images.digest(), "resize": args.resize, "crop": args.crop}
+            "images": images.digest(), "resize": images.transform.resize, "crop": images.transform.crop[0]}
 
 
 def fingerprint(path):

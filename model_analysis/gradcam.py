@@ -6,6 +6,7 @@
 All sizes share one forward pass; each has a backward pass of its own, from its head to the last layer with maps.
 Read by GradCAM.ipynb. Letters: N images, C classes, G sizes, K channels of h x w maps.
 """
+import math
 import os
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from mrl_files import InputError, describe_error
 from mrl_images import class_folders, image_names, label_order, printable, read_rgb
-from mrl_models import MEAN, STD, stack_logits
+from mrl_models import MEAN, STD, preparation, stack_logits
 
 BATCH = 16
 
@@ -34,31 +35,45 @@ def grad_cam(model, x, target=None, layer=None):
     """
     model.requires_grad_(False).eval()
     kept = []
-    with find_layer(model, layer).register_forward_hook(partial(keep_maps, kept)):
+    with find_layer(model, layer).register_forward_hook(partial(keep_output, kept)):
         logits = stack_logits(model(x))
-    activation = kept[-1]                                                     # [N, K, h, w]
+    activation = kept[-1]
     classes = logits.argmax(-1) if target is None else target.expand(len(logits), -1)
     scores = logits.gather(-1, classes[..., None]).sum((1, 2))                # [G]; images do not meet in eval mode
-    maps = [weighed(activation, score) for score in scores]
+    maps = [weighed(activation, score, getattr(model, "num_prefix_tokens", 1)) for score in scores]
     return torch.stack(maps), logits.detach()
 
 
-def weighed(activation, score):
-    """Maps summed with their mean gradients as weights, negative parts cut: [N, K, h, w] -> [N, h, w]"""
+def weighed(activation, score, prefix):
+    """Maps summed with their mean gradients as weights, negative parts cut: a layer's output -> [N, h, w]"""
     gradient, = torch.autograd.grad(score, activation, retain_graph=True)
-    return F.relu((gradient.mean((2, 3), keepdim=True) * activation.detach()).sum(1))
+    weights = as_maps(gradient, prefix).mean((2, 3), keepdim=True)
+    return F.relu((weights * as_maps(activation.detach(), prefix)).sum(1))
 
 
-def keep_maps(kept, module, args, output):
+def as_maps(output, prefix):
+    """-> [N, K, h, w] of what a layer gives: that, or a Swin's [N, h, w, K] (told apart by h = w), or a transformer's
+    tokens [N, T, K]: a square of patches, after `prefix` others."""
+    if output.dim() == 4:
+        return output.movedim(-1, 1) if output.shape[1] == output.shape[2] != output.shape[3] else output
+    side = math.isqrt(max(0, output.shape[1] - prefix))
+    if side ** 2 + prefix != output.shape[1]:
+        raise InputError(f"{output.shape[1]} tokens are not {prefix} and a square of patches: name another layer")
+    return output[:, prefix:].mT.unflatten(-1, (side, side))
+
+
+def keep_output(kept, module, args, output):
     """A hook: a module's output is the leaf from which gradients start; what follows works on a copy."""
-    if not torch.is_tensor(output) or output.dim() != 4:
-        raise InputError(f"{type(module).__name__} gives no maps [N, K, h, w]: name another layer")
+    if not torch.is_tensor(output) or output.dim() not in (3, 4):
+        raise InputError(f"{type(module).__name__} gives neither maps nor tokens: name another layer")
     kept.append(output.requires_grad_())
     return output.clone()                                  # in-place operations are common there, and fail on a leaf
 
 
 def find_layer(model, name=None):
-    """-> the module of that name; None: the last of `layer4` (ResNet) or `features` (most other networks)."""
+    """-> the module of that name; None: the last of `layer4` (ResNet) or `features` (most other networks), else of what
+    timm lists. Of its transformers it is the last block's norm: of the block's end often only the class token counts.
+    """
     if name is not None:
         try:
             return model.get_submodule(name)
@@ -66,6 +81,9 @@ def find_layer(model, name=None):
             there = ", ".join(child for child, _ in model.named_children())
             raise InputError(f"the model has no module {name!r}; it has {there}") from None
     stages = [getattr(model, stage) for stage in ("layer4", "features") if hasattr(model, stage)]
+    if not stages and getattr(model, "feature_info", None):
+        last = model.get_submodule(model.feature_info[-1]["module"])
+        return getattr(last, "norm1", last)
     if not stages:
         raise InputError(f"{type(model).__name__} has neither layer4 nor features: give the name of a layer with maps")
     return stages[0][-1]
@@ -73,12 +91,14 @@ def find_layer(model, name=None):
 
 # ------------------------------------------------------------------------------------------------ images
 
-def explain(model, paths, target=None, layer=None, resize=256, crop=224):
-    """`grad_cam` of image files, in batches on the model's device -> maps [G, N, h, w], logits [G, N, C] on the CPU."""
+def explain(model, paths, target=None, layer=None, resize=None, crop=224):
+    """`grad_cam` of image files, in batches on the model's device -> maps [G, N, h, w], logits [G, N, C] on the CPU.
+    resize: as `mrl_models.preparation` takes it."""
+    resize, crop, mean, std = preparation(model.spec, resize, crop)
     device, maps, logits = next(model.parameters()).device, [], []
     for start in tqdm(range(0, len(paths), BATCH), desc="Grad-CAM", unit="batch", disable=None):
         batch = slice(start, start + BATCH)
-        x = torch.stack([normalise(picture(path, resize, crop)) for path in paths[batch]]).to(device)
+        x = torch.stack([normalise(picture(path, resize, crop), mean, std) for path in paths[batch]]).to(device)
         classes = None if target is None else target[batch].to(device)
         for kept, new in zip((maps, logits), grad_cam(model, x, classes, layer), strict=True):
             kept.append(new.cpu())
@@ -110,8 +130,8 @@ def picture(path, resize=256, crop=224):
         raise InputError(f"{printable(path)}: not a readable image ({describe_error(error)})") from None
 
 
-def normalise(image):
-    return transforms.functional.normalize(image, MEAN, STD)
+def normalise(image, mean=MEAN, std=STD):
+    return transforms.functional.normalize(image, mean, std)
 
 
 def overlay(image, heat):

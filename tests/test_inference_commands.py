@@ -422,7 +422,7 @@ def test_defaults(monkeypatch):
     """The original's, and what the README says."""
     monkeypatch.setattr("sys.argv", ["pytorch_inference.py", "--path", "w.pt"])
     args = parse_arguments()
-    assert (args.resize, args.crop, args.batch_size, args.precision, args.storage) == (256, 224, 256, None, None)
+    assert (args.resize, args.crop, args.batch_size, args.precision, args.storage) == (None, 224, 256, None, None)
     assert not (args.tta or args.skip_bad_images or args.overwrite or args.retrieval or args.old_ckpt)
 
 

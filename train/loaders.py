@@ -42,11 +42,11 @@ def train_loader(path, batch_size, num_workers, in_memory, resolution, seed, dev
                        distributed=distributed, pipelines=pipelines(decoder, device))
 
 
-def val_loader(path, batch_size, num_workers, resolution, device, rank=0, world_size=1):
+def val_loader(path, batch_size, num_workers, resolution, device, rank=0, world_size=1, ratio=VALIDATION_RATIO):
     """Centre crops in file order; process `rank` reads images rank, rank + world_size, ...: each image exactly once."""
     mine = np.arange(Reader(str(path)).num_samples, dtype=np.uint64)[rank::world_size]
     batch_size = min(batch_size, max(1, len(mine)))      # FFCV holds memory for whole batches
-    crop = CentreCrop((resolution, resolution), VALIDATION_RATIO)
+    crop = CentreCrop((resolution, resolution), ratio)
     return Loader(str(path), batch_size, workers(num_workers), os_cache=True, order=OrderOption.SEQUENTIAL,
                   indices=mine, drop_last=False, pipelines=pipelines(crop, device))
 
@@ -74,9 +74,9 @@ def pipelines(image_decoder, device):
     return {"image": [image_decoder, ToTensor(), *copy], "label": [IntDecoder(), ToTensor(), *copy]}
 
 
-def pixel_statistics(device):
-    """-> mean, std [3] of ImageNet's pixels in 0..255, for `normalise`."""
-    return [torch.tensor([255 * value for value in values], device=device) for values in (MEAN, STD)]
+def pixel_statistics(device, mean=MEAN, std=STD):
+    """-> mean, std [3] of pixels in 0..255, for `normalise`; of those given, of pixels in 0..1."""
+    return [torch.tensor([255 * value for value in values], device=device) for values in (mean, std)]
 
 
 def normalise(images, mean, std):

@@ -1,4 +1,4 @@
-"""Train a ResNet50 (or any torchvision classifier) with a Matryoshka, MRL-E or fixed-feature head.
+"""Train a ResNet50 (or any classifier of torchvision or timm) with a Matryoshka, MRL-E or fixed-feature head.
 
     python train_imagenet.py --config-file rn50_configs/rn50_40_epochs.yaml --model.mrl=1 \\
         --data.train_dataset=$WRITE_DIR/train_500_0.50_90.ffcv \\
@@ -21,7 +21,7 @@ import schedules
 from augmentation import SCALE
 from fastargs import Config, Param, Section
 from fastargs.validation import And, InRange, OneOf
-from loaders import check_files, train_loader, val_loader
+from loaders import VALIDATION_RATIO, check_files, train_loader, val_loader
 from recipe import check_images, make_model, model_spec
 from settings import PATH, as_dict, read_flag, read_settings
 from trainer import Trainer
@@ -34,8 +34,8 @@ EPOCH = And(int, InRange(min=0))
 CONFIG = Config()
 
 Section("model", "the network", CONFIG).params(
-    arch=Param(str, "torchvision classifier", default="resnet18"),
-    pretrained=Param(SWITCH, "torchvision's weights for the backbone", default=0),
+    arch=Param(str, "torchvision classifier, or timm/<name> (pip install timm)", default="resnet18"),
+    pretrained=Param(SWITCH, "the library's weights for the backbone", default=0),
     efficient=Param(SWITCH, "MRL-E: one matrix whose columns all sizes share", default=0),
     mrl=Param(SWITCH, "MRL: one classifier per size", default=0),
     nesting_start=Param(And(int, InRange(min=0)), "smallest size is 2**this", default=3),
@@ -74,7 +74,8 @@ Section("logging", "what is left behind", CONFIG).params(
 )
 Section("validation", "validation", CONFIG).params(
     batch_size=Param(COUNT, "per process", default=512),
-    resolution=Param(COUNT, "pixels a side of the centre crop (224/256 of the shorter side)", default=224),
+    resolution=Param(COUNT, "pixels a side of the centre crop (224/256 of the shorter side; "
+                                 "of a timm network its own share)", default=224),
     lr_tta=Param(SWITCH, "add the mirrored image's logits", default=1),
 )
 Section("training", "training", CONFIG).params(
@@ -112,7 +113,8 @@ def worker(process, settings, spec, folder):
     stop = None if settings.training.eval_only else launch.StopRequest(process)
     trainer = Trainer(process, settings, spec, folder)
     val = val_loader(d.val_dataset, batch_size=v.batch_size, num_workers=d.num_workers, resolution=v.resolution,
-                     device=process.device, rank=process.rank, world_size=process.world_size)
+                     device=process.device, rank=process.rank, world_size=process.world_size,
+                     ratio=spec.get("crop_pct", VALIDATION_RATIO))
     if settings.training.eval_only:
         return validate_only(trainer, val)
     with checkpoint.lock_folder(folder) if process.first else nullcontext():

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mrl_files import InputError, describe_error
-from mrl_models import autocast, classify_in_float32, count, stack_logits
+from mrl_models import autocast, classify_in_float32, count, preparation, stack_logits
 
 SKIPS = 26                           # steps in a row that fp16 may skip: a healthy run skips a few at its beginning
 LEAST_SCALE = 2.0 ** (16 - SKIPS)    # where the loss scale, 2**16 at first, is after so many
@@ -35,7 +35,8 @@ class Trainer:
         precision = settings.training.precision or ("fp16" if self.device.type == "cuda" else "fp32")
         self.autocast = autocast(self.device, precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        self.mean, self.std = pixel_statistics(self.device)
+        _, _, mean, std = preparation(spec)
+        self.mean, self.std = pixel_statistics(self.device, mean, std)
         self.epoch, self.step, self.before, self.began = 0, 0, 0.0, time.time()
         self.losses = torch.zeros(len(spec["nesting_list"]), device=self.device)
         if settings.training.compile:

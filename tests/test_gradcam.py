@@ -73,7 +73,7 @@ def test_networks_without_a_known_stage(x):
     assert gradcam.grad_cam(model, x, layer="conv5")[0].shape == (8, 3, 2, 2)
     with pytest.raises(InputError, match="no module 'conv9'; it has conv1"):
         gradcam.grad_cam(model, x, layer="conv9")
-    with pytest.raises(InputError, match="gives no maps"):
+    with pytest.raises(InputError, match="gives neither maps nor tokens"):
         gradcam.grad_cam(model, x, layer="fc")
 
 

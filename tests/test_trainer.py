@@ -53,8 +53,9 @@ def trainer(make_trainer):
 
 
 @pytest.mark.parametrize("arch, pixels, width", [
-    ("resnet18", 32, 512), ("convnext_tiny", 32, 768), ("efficientnet_b0", 32, 1280), ("vit_b_32", 224, 768)])
-def test_any_torchvision_classifier_learns(make_trainer, tmp_path, arch, pixels, width):
+    ("resnet18", 32, 512), ("convnext_tiny", 32, 768), ("efficientnet_b0", 32, 1280), ("vit_b_32", 224, 768),
+    ("timm/test_vit", 48, 64)])
+def test_any_classifier_learns(make_trainer, tmp_path, arch, pixels, width):
     """Steps on one batch bring its loss down; what is saved gives the trained model's numbers again."""
     trainer = make_trainer(f"--model.arch={arch}", "--training.label_smoothing=0")
     assert trainer.spec["nesting_list"][-1] == width
@@ -66,6 +67,9 @@ def test_any_torchvision_classifier_learns(make_trainer, tmp_path, arch, pixels,
     assert losses[-1] < losses[0]
     torch.save(trainer.model.state_dict(), tmp_path / "weights.pt")
     loaded = mrl_models.load_model(tmp_path / "weights.pt", arch, "mrl", trainer.spec["nesting_list"])
+    _, _, mean, std = mrl_models.preparation(loaded.spec)
+    torch.testing.assert_close((trainer.mean / 255).tolist(), list(mean))
+    torch.testing.assert_close((trainer.std / 255).tolist(), list(std))
     x = normalise(images[:1], trainer.mean, trainer.std)
     with torch.inference_mode():
         torch.testing.assert_close(loaded(x)[-1], trainer.model(x)[-1], rtol=1e-4, atol=1e-4)

@@ -148,10 +148,12 @@ def feature_width(arch):
 def classifier(model):
     """-> (name, module) of the classifier: our head if there is one, else the last linear layer, or the one that timm
     names."""
-    kinds, own = (MRL_Linear_Layer, FixedFeatureLayer), getattr(model, "get_classifier", lambda: None)()
-    modules = list(model.named_modules())
-    found = ([m for m in modules if isinstance(m[1], kinds)]
-             or [m for m in modules if isinstance(m[1], nn.Linear) and (own is None or m[1] is own)])
+    kinds, modules = (MRL_Linear_Layer, FixedFeatureLayer), list(model.named_modules())
+    linear = [m for m in modules if isinstance(m[1], nn.Linear)]
+    if hasattr(model, "pretrained_cfg"):      # timm's
+        own = getattr(model, "get_classifier", lambda: None)()
+        linear = [m for m in linear if m[1] is own]
+    found = [m for m in modules if isinstance(m[1], kinds)] or linear
     if not found:
         raise InputError(f"{type(model).__name__} does not end in a linear classifier")
     return found[-1]

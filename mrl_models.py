@@ -25,12 +25,11 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # ImageNet's, of p
 
 
 class Unsettled(InputError):
-    """load_model cannot tell which model a file holds. argument: the load_model argument that would settle it, so that
-    commands can name their own flag for it."""
+    """load_model cannot tell which model a file holds. args: the problem, and the load_model argument that would settle
+    it, so that commands can name their own flag for it."""
 
-    def __init__(self, problem, argument):
-        super().__init__(f"{problem}: give {argument}")
-        self.problem, self.argument = problem, argument
+    def __str__(self):
+        return ": give ".join(self.args)
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -288,26 +287,24 @@ def open_model(path, arch=None, head=None, nesting_list=None, old_ckpt=False):
     a file holds, and no memory is taken for it. Arguments and errors are load_model's."""
     state, known = read_state_dict(path), read_params(path)
     given = {k: v for k, v in {"arch": arch, "head": head, "nesting_list": nesting_list}.items() if v is not None}
-    for key, value in given.items():
-        if key in known and known[key] != value:
-            raise InputError(f"{path}: {key}={value} was asked for, {find_json(path).name} beside it says {known[key]}")
-    if old_ckpt:
-        state = modern_keys(path, state, (known | given).get("head"))
-    spec = (known or shown_by_shapes(path, state, **given)) | given
-    with torch.device("meta"):
-        model = blank_model(path, spec)
-    if misfit := does_not_fit(model, state):
-        raise InputError(f"{path}: {misfit}") if known else Unsettled(f"{path}: {misfit}; for another network", "arch")
-    check_finite(state, path)
-    return model, state
-
-
-def blank_model(path, spec):
-    """build_from_spec for what a file and arguments say; an error names the file."""
     try:
-        return build_from_spec(spec)
+        if old_ckpt:
+            state = modern_keys(state, (known | given).get("head"))
+        spec = known or shown_by_shapes(state, **given)
+        source = f"{find_json(path).name} beside it says" if known else "the file holds"
+        for key, value in given.items():
+            if key in spec and spec[key] != value:
+                raise InputError(f"{key}={value} was asked for, {source} {spec[key]}")
+        with torch.device("meta"):
+            model = build_from_spec(spec | given)
+        if misfit := does_not_fit(model, state):
+            raise InputError(misfit) if known else Unsettled(f"{misfit}; for another network", "arch")
+        if problem := not_finite(state):
+            raise InputError(problem)
+        return model, state
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        error.args = f"{path}: {error.args[0]}", *error.args[1:]
+        raise
 
 
 def find_weights(path):
@@ -423,38 +420,30 @@ def dense(value):
     return torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta
 
 
-def modern_keys(path, state, head):
+def modern_keys(state, head):
     """The released MRL-E files name their one matrix as a plain classifier: rename it. The rest is unchanged."""
     if head is None and "fc.weight" in state:
-        raise Unsettled(f"{path}: a released file with one matrix, MRL-E (mrl_e) or fixed features (ff<d>)", "head")
+        raise Unsettled("a released file with one matrix, MRL-E (mrl_e) or fixed features (ff<d>)", "head")
     if head != "mrl_e":
         return state
     return {re.sub(r"^fc\.(weight|bias)$", r"fc.nesting_classifier_0.\1", key): v for key, v in state.items()}
 
 
-def shown_by_shapes(path, state, arch=None, head=None, nesting_list=None):
-    """build_model's arguments as far as keys and shapes show them; InputError where they do not."""
+def shown_by_shapes(state, arch=None, head=None, nesting_list=None):
+    """build_model's arguments as far as keys and shapes show them; Unsettled where they do not."""
     if arch is None:
-        raise Unsettled(f"{path}: no params.json beside it, and the architecture does not show in a file", "arch")
-    weights = find_nested_weights(state)
-    nested, last = [v.shape[1] for v in weights], weights[-1:] or find_plain_weight(path, state, arch)
-    if not last:
-        raise InputError(f"{path}: holds no linear classifier")
-    of_one_size = head == "mrl" and nesting_list is not None and list(nesting_list) == nested
-    head_shown = "mrl" if len(nested) > 1 or of_one_size else "mrl_e" if nested else f"ff{last[0].shape[1]}"
-    if head is not None and head != head_shown:
-        problem = f"{path}: head={head} was asked for, the file holds {head_shown}"
-        if head == "mrl_e" and not nested:
-            raise Unsettled(f"{problem}; if it is a released MRL-E file", "old_ckpt")
-        raise InputError(problem)
-    if head_shown == "mrl":
-        if nesting_list is not None and list(nesting_list) != nested:
-            raise InputError(f"{path}: nesting_list={list(nesting_list)} was asked for, the file holds {nested}")
-        nesting_list = nested
-    elif head_shown == "mrl_e" and nesting_list is None:
-        raise Unsettled(f"{path}: the sizes of an MRL-E model do not show in a file", "nesting_list")
-    return {"arch": arch, "head": head_shown, "nesting_list": nesting_list, "num_classes": last[0].shape[0],
-            "blurpool": any(k.endswith("blur_filter") for k in state)}
+        raise Unsettled("no params.json beside it, and the architecture does not show in a file", "arch")
+    nested = find_nested_weights(state)
+    sizes, weight = [v.shape[1] for v in nested], nested[-1] if nested else find_plain_weight(state, arch)
+    shown = {"arch": arch, "num_classes": weight.shape[0], "blurpool": any(k.endswith("blur_filter") for k in state)}
+    if len(nested) > 1 or (head == "mrl" and nesting_list == sizes):
+        return {**shown, "head": "mrl", "nesting_list": sizes}
+    if not nested and head == "mrl_e":
+        raise Unsettled(f"head=mrl_e was asked for, the file holds ff{weight.shape[1]}; if it is a released MRL-E file",
+                        "old_ckpt")
+    if nested and nesting_list is None and head in (None, "mrl_e"):
+        raise Unsettled("the sizes of an MRL-E model do not show in a file", "nesting_list")
+    return {**shown, "head": "mrl_e" if nested else f"ff{weight.shape[1]}"}
 
 
 def find_nested_weights(state):
@@ -463,12 +452,14 @@ def find_nested_weights(state):
     return [found[i] for i in sorted(found)]
 
 
-def find_plain_weight(path, state, arch):
-    """-> [the classifier's matrix], under the architecture's name for it, else the last one; [] where there is none."""
+def find_plain_weight(state, arch):
+    """-> the classifier's matrix, under the architecture's name for it, else the last one."""
     with torch.device("meta"):
-        name = classifier(blank_model(path, {"arch": arch}))[0]
-    named = state.get(f"{name}.weight")
-    return [named] if named is not None and named.dim() == 2 else [v for v in state.values() if v.dim() == 2][-1:]
+        name = classifier(find_backbone(arch))[0]
+    matrices = {key: value for key, value in state.items() if value.dim() == 2}
+    if not matrices:
+        raise InputError("holds no linear classifier")
+    return matrices.get(f"{name}.weight", [*matrices.values()][-1])
 
 
 def does_not_fit(model, state):
@@ -477,23 +468,22 @@ def does_not_fit(model, state):
     found = {k: tuple(v.shape) for k, v in state.items()}
     different = [f"{k}: {found.get(k, 'missing')} instead of {expected.get(k, 'nothing')}"
                  for k in expected | found if found.get(k) != expected.get(k)]
-    if different and not expected.keys() & found.keys():
+    if not different:
+        return None
+    if not expected.keys() & found.keys():
         return f"{', '.join(list(found)[:2])} ... are no names of {model.spec['arch']}: it has {next(iter(expected))}"
-    if different:
-        more = f" and {len(different) - 1} more" if len(different) > 1 else ""
-        return f"does not fit {model.spec['arch']} with head {model.spec['head']} ({different[0]}{more})"
-    return None
+    more = f" and {len(different) - 1} more" if len(different) > 1 else ""
+    return f"does not fit {model.spec['arch']} with head {model.spec['head']} ({different[0]}{more})"
+
+
+def not_finite(state):
+    """-> which tensors of a state dict hold numbers that are none; None where all are."""
+    broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    return f"{broken[0]} holds NaN or infinite numbers ({len(broken)} such tensors)" if broken else None
 
 
 def load_exactly(model, state, path):
     """Load a state dict that must fit, and hold only finite numbers."""
-    if misfit := does_not_fit(model, state):
-        raise InputError(f"{path}: {misfit}")
-    check_finite(state, path)
+    if problem := does_not_fit(model, state) or not_finite(state):
+        raise InputError(f"{path}: {problem}")
     model.load_state_dict(state)
-
-
-def check_finite(state, path):
-    broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
-    if broken:
-        raise InputError(f"{path}: {broken[0]} holds NaN or infinite numbers ({len(broken)} such tensors)")

@@ -63,7 +63,8 @@ def open_checkpoint(path, arch=None, head=None, nesting_list=None, old_ckpt=Fals
     try:
         return open_model(path, **given, old_ckpt=old_ckpt)
     except Unsettled as error:
-        raise InputError(f"{error.problem}: give {FLAGS[error.argument]}") from None
+        problem, argument = error.args
+        raise InputError(f"{problem}: give {FLAGS[argument]}") from None
 
 
 def name_head(nested, efficient, size):

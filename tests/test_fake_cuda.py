@@ -110,7 +110,7 @@ def test_a_step_and_a_validation_stay_on_the_gpu(make_trainer, words, precision)
         trainer.model.eval()
         with WithoutCopies(), torch.no_grad(), trainer.autocast:
             images, labels = batch(5, 64)
-            logits = trainer.val_logits(normalise(images, trainer.mean, trainer.std))
+            logits = trainer.val_logits(trainer.model, normalise(images, trainer.mean, trainer.std))
             sums = count(logits, labels.flatten())
     assert logits.dtype == torch.float32
     assert trainer.losses.device == logits.device == sums.device == torch.device("cuda:0")

@@ -1,7 +1,7 @@
 """Kill training with SIGKILL at random moments, resume it, and compare with the run that nobody killed.
 
     python tests/kill_and_resume.py --runs 20      about 15 minutes on 2 cores
-    python tests/kill_and_resume.py --recipe       with all that a run can keep: AdamW, an average, mixing, accumulation
+    python tests/kill_and_resume.py --recipe       with all that a run may hold: AdamW, an average, mixing, accumulation
 
 Prints a line a run; exit status 1 if any differs. tests/test_resume.py runs a short form of it.
 """

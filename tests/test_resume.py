@@ -69,8 +69,9 @@ def test_a_stopped_run_goes_on_to_the_same_weights(train, monkeypatch, capsys, f
     assert state.keys() == keys | ({"ema"} if flags else set())      # without: as it was before there were averages
 
 
-def test_the_average_is_validated_and_saved(train):
-    folder = train("run", "--training.epochs=1", "--training.ema=0.5", "--logging.log_level=1")
+def test_the_average_is_validated_and_saved(train, capsys):
+    folder = train("run", "--training.epochs=1", "--training.ema=0.5", "--training.optimizer=adamw", "--lr.lr=0.05")
+    assert capsys.readouterr().err.count("warning: --lr.lr=0.05 is a rate for SGD") == 1
     (record,) = map(json.loads, (folder / "log").read_text().splitlines())
     assert record["ema_val_loss_8"] != record["val_loss_8"] and 0 <= record["ema_top_1_8"] <= record["ema_top_5_8"] == 1
     average, last = (mrl_models.load_model(folder / f"final_weights{end}.pt") for end in ("_ema", ""))

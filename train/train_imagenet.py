@@ -87,8 +87,8 @@ Section("training", "training", CONFIG).params(
     momentum=Param(And(float, InRange(min=0)), "momentum of sgd", default=0.9),
     weight_decay=Param(And(float, InRange(min=0)), "weight decay", default=4e-5),
     bn_wd=Param(And(float, InRange(min=0)), "weight decay of norm parameters; of adamw's biases too", default=0.0),
-    norms_by_type=Param(SWITCH, "norm parameters by module type, not by 'bn' in the name (which misses downsample.1)",
-                        default=0),
+    norms_by_type=Param(SWITCH, "sgd: norm parameters by module type, not by 'bn' in the name (which misses "
+                        "downsample.1)", default=0),
     epochs=Param(COUNT, "epochs", default=30),
     accumulate=Param(COUNT, "batches to an optimiser step [default: 1]"),
     clip_grad_norm=Param(And(float, InRange(min=0)), "largest norm of the gradient [default: any]"),

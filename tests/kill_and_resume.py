@@ -1,6 +1,7 @@
 """Kill training with SIGKILL at random moments, resume it, and compare with the run that nobody killed.
 
     python tests/kill_and_resume.py --runs 20      about 15 minutes on 2 cores
+    python tests/kill_and_resume.py --recipe       with all that a run may hold: AdamW, an average, mixing, accumulation
 
 Prints a line a run; exit status 1 if any differs. tests/test_resume.py runs a short form of it.
 """
@@ -22,6 +23,10 @@ TRAIN = Path(__file__).resolve().parent.parent / "train"
 SETTINGS = ("--model.arch=resnet18 --model.mrl=1 --model.num_classes=2 --resolution.min_res=32 --resolution.max_res=32 "
             "--validation.resolution=32 --training.epochs=8 --training.batch_size=8 --training.device=cpu --lr.lr=0.01 "
             "--data.num_workers=1 --data.in_memory=1 --logging.log_level=0").split()
+
+RECIPE = ("--training.optimizer=adamw --training.ema=0.9 --training.mixup=0.2 --training.cutmix=1 "
+          "--training.accumulate=2 --training.clip_grad_norm=1 --lr.lr=0.001 --lr.lr_schedule_type=cosine "
+          "--lr.warmup_epochs=1").split()
 
 
 def command(ffcv, logs, name, *changes):
@@ -76,26 +81,31 @@ def written(path):
 
 
 def weights(folder):
-    return torch.load(folder / "final_weights.pt", weights_only=True)
+    """-> {(file, key): tensor} of final_weights.pt, and of the average's where there is one."""
+    return {(path.name, key): value for path in folder.glob("final_weights*.pt")
+            for key, value in torch.load(path, weights_only=True).items()}
 
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def main(runs, seed=0, kills=2):
-    """-> number of runs, each killed up to `kills` times, whose weights differ from those of the run left alone."""
+def main(runs, seed=0, kills=2, changes=()):
+    """-> number of runs, each killed up to `kills` times, whose weights differ from those of the run left alone.
+
+    changes: more flags of train_imagenet.py.
+    """
     rng, differing = random.Random(seed), 0
     with tempfile.TemporaryDirectory() as name:
         logs = Path(name)
         ffcv = make_data(logs)
-        finish(command(ffcv, logs, "uninterrupted"))
+        finish(command(ffcv, logs, "uninterrupted", *changes))
         expected = weights(logs / "uninterrupted")
         for run in range(runs):
             folder = logs / f"run{run}"
             moments = []
             while not moments or (moments[-1] != "finished" and len(moments) < kills):
-                moments.append(kill_at_random(command(ffcv, logs, folder.name), folder, rng))
+                moments.append(kill_at_random(command(ffcv, logs, folder.name, *changes), folder, rng))
             if moments[-1] != "finished":
                 finish([sys.executable, "train_imagenet.py", f"--training.resume={folder}"])
             equal = same(weights(folder), expected)
@@ -109,5 +119,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recipe", action="store_true", help=" ".join(RECIPE))
     args = parser.parse_args()
-    sys.exit(1 if main(args.runs, args.seed) else 0)
+    sys.exit(1 if main(args.runs, args.seed, changes=RECIPE if args.recipe else ()) else 0)

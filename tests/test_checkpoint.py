@@ -27,8 +27,9 @@ class OnGpu:
 
 
 def test_final_weights_need_no_gpu(tmp_path):
-    checkpoint.save_weights(tmp_path, {"w": OnGpu()})
-    assert torch.equal(torch.load(tmp_path / "final_weights.pt", weights_only=True)["w"], torch.ones(2))
+    for name, file in (("", "final_weights.pt"), ("ema_", "final_weights_ema.pt")):
+        checkpoint.save_weights(tmp_path, {"w": OnGpu()}, name)
+        assert torch.equal(torch.load(tmp_path / file, weights_only=True)["w"], torch.ones(2))
 
 
 @pytest.mark.parametrize("damage, said", [("half", "truncated"), ("cut", "truncated"), ("flip", "damaged"),

@@ -19,6 +19,9 @@ def test_the_table_hints_where_time_goes():
     text = table(record, spec, epochs=2)
     assert "waiting for data 30%" in text and "hint: the device of process 1 waits for data" in text
     assert text.splitlines()[-1].split() == ["8", "50.00", "100.00", "0.7000", "0.9000"]
+    text = table(record | {"ema_top_1_8": 0.625}, spec, epochs=2)
+    assert text.splitlines()[-2:] == ["    size   top-1 %   top-5 %  val loss  train loss  ema top-1 %",
+                                      "       8     50.00    100.00    0.7000      0.9000        62.50"]
     assert "hint" not in table(record | {"waiting_for_data": 0.1}, spec, epochs=2)
 
 
@@ -49,8 +52,9 @@ def test_the_log_forgets_epochs_that_run_again(tmp_path):
 def test_tensorboard_shows_the_log(tmp_path):
     """Epoch 1 was trained twice, after a kill: what it had at first is forgotten."""
     for epoch, top_1 in ((0, 0.25), (1, 0.375), (1, 0.5)):
-        append_events(tmp_path, {"timestamp": 1e9, "epoch": epoch, "top_1_8": top_1, "top_1": top_1, "train_loss": 1.5})
+        append_events(tmp_path, {"timestamp": 1e9, "epoch": epoch, "top_1_8": top_1, "top_1": top_1, "train_loss": 1.5,
+                                 "ema_top_1_8": 0.5})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert set(events.Tags()["scalars"]) == {"timestamp", "epoch", "top_1/8", "top_1", "train_loss"}
+    assert set(events.Tags()["scalars"]) == {"timestamp", "epoch", "top_1/8", "top_1", "train_loss", "ema_top_1/8"}
     assert [(event.step, event.value) for event in events.Scalars("top_1/8")] == [(0, 0.25), (1, 0.5)]
     assert events.Scalars("train_loss")[1].wall_time == 1e9

@@ -40,6 +40,8 @@ def fused_sgd(parameters, gradients, momenta, **_):
 
 LIBRARY = torch.library.Library("aten", "IMPL", "Meta")      # gone with this object
 LIBRARY.impl("_fused_sgd_", fused_sgd)
+LIBRARY.impl("_fused_adamw_", lambda parameters, gradients, means, squares, *_, **__: fused_sgd(
+    parameters, gradients, means) or fused_sgd(parameters, gradients, squares))
 
 
 @pytest.fixture
@@ -87,7 +89,8 @@ class WithoutCopies(TorchDispatchMode):
 HEADS = {"mrl": [], "mrl_e": ["--model.mrl=0", "--model.efficient=1"],
          "ff": ["--model.mrl=0", "--model.fixed_feature=16"]}
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-OTHERS = {"convnext": ["--model.arch=convnext_tiny"], "frozen": ["--training.use_blurpool=1", "--model.trainable=fc"]}
+OTHERS = {"convnext": ["--model.arch=convnext_tiny"], "frozen": ["--training.use_blurpool=1", "--model.trainable=fc"],
+          "adamw": ["--training.optimizer=adamw", "--training.clip_grad_norm=1"]}
 
 
 @pytest.mark.parametrize(("words", "precision"), [
@@ -110,7 +113,7 @@ def test_a_step_and_a_validation_stay_on_the_gpu(make_trainer, words, precision)
         trainer.model.eval()
         with WithoutCopies(), torch.no_grad(), trainer.autocast:
             images, labels = batch(5, 64)
-            logits = trainer.val_logits(normalise(images, trainer.mean, trainer.std))
+            logits = trainer.val_logits(trainer.model, normalise(images, trainer.mean, trainer.std))
             sums = count(logits, labels.flatten())
     assert logits.dtype == torch.float32
     assert trainer.losses.device == logits.device == sums.device == torch.device("cuda:0")

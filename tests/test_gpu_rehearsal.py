@@ -102,6 +102,7 @@ def alone(rehearsal):
     r.in_turn({
         **{run: r.train(run, *head) for run, head in HEADS.items()},
         "compiled": r.train("compiled", "--training.compile=1", "--training.epochs=1"),
+        "recipe": r.train("recipe", *kill_and_resume.RECIPE),
         "validated": r.train("validated", "--training.eval_only=1", f"--training.path={weights}"),
         "classified": r.infer("--tta", "--save_logits", "--save_softmax", "--save_predictions", "--save_gt",
                               "--device", "cuda:1", "--output", r.folder / "outputs"),
@@ -113,8 +114,9 @@ def alone(rehearsal):
 @pytest.fixture(scope="module")
 def spawned(rehearsal):
     """Two processes stopped by SIGTERM after their first epoch -> exit status, standard error."""
-    _, words = rehearsal.train("two", *HEADS["mrl_e"], "--training.distributed=1", "--dist.world_size=2",
-                               "--training.batch_size=4", f"--dist.port={free_port()}", "--training.epochs=3")
+    _, words = rehearsal.train("two", *HEADS["mrl_e"], *kill_and_resume.RECIPE, "--training.distributed=1",
+                               "--dist.world_size=2", "--training.batch_size=4", f"--dist.port={free_port()}",
+                               "--training.epochs=3")
     process = rehearsal.start("spawned", ROOT / "train/train_imagenet.py", *words)
     while process.poll() is None and not (rehearsal.runs / "two/checkpoint.pt").exists():
         time.sleep(0.05)
@@ -141,6 +143,17 @@ def test_training(rehearsal, alone, run):
     assert {value.device.type for value in torch.load(rehearsal.runs / run / "final_weights.pt").values()} == {"cpu"}
     assert rehearsal.noted(run, ".* (autocast|.*step|graph).*") \
         == {"rank0 _MainThread autocast torch.float16", "rank0 _MainThread scaled step"}
+
+
+def test_a_recipe(rehearsal, alone):
+    """AdamW in one kernel, clipping what the scaler has scaled; an average, validated and saved."""
+    assert "rank0 _MainThread scaled step" in rehearsal.noted("recipe", ".*step")
+    losses = [[record["train_loss"], record["ema_val_loss_8"]] for record in rehearsal.log("recipe")]
+    assert np.isfinite(losses).all() and len(losses) == 2
+    state = torch.load(rehearsal.runs / "recipe/checkpoint.pt")
+    assert state["ema"]["n_averaged"] == 4 and state["optimizer"]["param_groups"][0]["fused"]
+    average, last = (torch.load(rehearsal.runs / f"recipe/final_weights{end}.pt") for end in ("_ema", ""))
+    assert average.keys() == last.keys() and not torch.equal(average["conv1.weight"], last["conv1.weight"])
 
 
 def test_compiled(rehearsal, alone):

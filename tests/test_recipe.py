@@ -8,14 +8,18 @@ import torch
 from conftest import fill
 from recipe import (
     check_images,
+    check_training,
     freeze,
     load_backbone,
     make_criterion,
+    make_ema,
+    make_mixing,
     make_optimizer,
     model_spec,
     norm_parameters,
     start_momentum,
     train_mode,
+    vectors,
 )
 
 from mrl_files import InputError
@@ -27,7 +31,7 @@ def settings(**model):
         model=SimpleNamespace(**{"arch": "resnet18", "mrl": 0, "efficient": 0, "nesting_start": 3, "nesting_list": None,
                                  "fixed_feature": None, "relative_importance": None, "num_classes": 10, **model}),
         training=SimpleNamespace(use_blurpool=1, label_smoothing=0.1, norms_by_type=0, bn_wd=0.0, weight_decay=1e-4,
-                                 momentum=0.9))
+                                 optimizer="sgd", momentum=0.9))
 
 
 @pytest.mark.parametrize("kind, head", [("mrl", "mrl"), ("mrl_e", "mrl_e"), ("ff", "ff64")])
@@ -122,6 +126,83 @@ def test_norms_by_type_finds_those_that_the_name_misses():
     by_name, by_type = norm_parameters(model, False), norm_parameters(model, True)
     assert by_name < by_type
     assert all("downsample.1" in name for name in by_type - by_name) and len(by_type - by_name) == 6
+
+
+def test_adamw_decays_matrices_alone():
+    with torch.device("meta"):
+        model, convnext = (build_model(arch, "mrl", num_classes=3) for arch in ("vit_b_32", "convnext_tiny"))
+    training = SimpleNamespace(optimizer="adamw", bn_wd=0.0, weight_decay=0.05)
+    apart, decayed = make_optimizer(model, training).param_groups
+    assert (apart["weight_decay"], decayed["weight_decay"], apart["betas"]) == (0, 0.05, (0.9, 0.999))
+    assert len(apart["params"]) == len(vectors(model)) and all(p.dim() > 1 for p in decayed["params"])
+    kept = {"class_token", "encoder.ln.weight", "encoder.ln.bias", "heads.head.nesting_classifier_0.bias"}
+    assert kept <= vectors(model) and not {"encoder.pos_embedding", "conv_proj.weight"} & vectors(model)
+    assert "features.1.0.layer_scale" in vectors(convnext)      # [C, 1, 1]
+
+
+def test_an_average_follows_each_step():
+    """By hand, with decay 3/4: the weights after the first step, then 3/4 of the average + 1/4 of the weights."""
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.BatchNorm1d(1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    ema = make_ema(model, optimizer, 0.75)
+    for weight, mean in ((1.0, 2.0), (5.0, 6.0), (1.0, 0.0)):
+        model[0].weight.data.fill_(weight)
+        model[1].running_mean.fill_(mean)
+        model[1].num_batches_tracked += 4
+        optimizer.step()      # of no gradients: the weights stay
+    assert ema.module[0].weight.item() == 0.75 * (0.75 * 1 + 0.25 * 5) + 0.25 * 1
+    assert ema.module[1].running_mean.item() == 0.75 * (0.75 * 2 + 0.25 * 6)
+    assert ema.module[1].num_batches_tracked.dtype == torch.int64
+
+
+def mixing(**alphas):
+    return SimpleNamespace(seed=3, **{"mixup": None, "cutmix": None, **alphas})
+
+
+def batch():
+    return torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3, 4, 0])
+
+
+def test_mixup_mixes_neighbours_and_their_labels():
+    images, labels = batch()
+    mixed, soft = make_mixing(mixing(mixup=1.0), 5, 0)(images, labels, 2, 7)
+    share = soft[1, 1].item()
+    assert 0 < share < 1 and soft.shape == (6, 5)
+    torch.testing.assert_close(soft.sum(1), torch.ones(6))
+    torch.testing.assert_close(mixed, share * images + (1 - share) * images.roll(1, 0))
+    torch.testing.assert_close(soft[5], torch.tensor([share, 0, 0, 0, 1 - share]))
+    assert mixed.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_cutmix_gives_each_label_its_share_of_the_pixels():
+    images, labels = batch()
+    mixed, soft = make_mixing(mixing(cutmix=1.0), 5, 0)(images, labels, 0, 1)
+    own = (mixed == images).all(1)      # [N, R, R]
+    assert ((mixed == images.roll(1, 0)).all(1) | own).all()
+    torch.testing.assert_close(own.float().mean((1, 2)), soft[1, 1].expand(6))
+    assert 0 < own.float().mean() < 1
+
+
+def test_mixing_is_drawn_from_seed_epoch_batch_and_process():
+    either, other = (make_mixing(mixing(mixup=0.5, cutmix=1.0), 5, rank) for rank in (0, 1))
+    before = torch.get_rng_state()
+    drawn = [mix(*batch(), *place)[1] for mix, *place in (
+        (either, 2, 7), (either, 2, 7), (either, 2, 8), (either, 3, 7), (other, 2, 7))]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(drawn[0], drawn[1])
+    assert all(not torch.equal(drawn[0], soft) for soft in drawn[2:])
+    unmixed = make_mixing(mixing(), 5, 0)(*batch(), 0, 0)
+    assert all(map(torch.equal, unmixed, batch()))
+
+
+def test_an_average_that_stands_still_and_a_rate_for_sgd():
+    def said(rate=0.425, **training):
+        training = {"ema": None, "optimizer": "sgd", **training}
+        return check_training(SimpleNamespace(**training), SimpleNamespace(lr=rate))
+    assert said() is said(ema=0.999) is said(1e-3, optimizer="adamw") is None
+    assert said(1.7, optimizer="adamw").startswith("warning: --lr.lr=1.7 is a rate for SGD")
+    with pytest.raises(InputError, match=r"--training.ema=1: .* give less"):
+        said(ema=1.0)
 
 
 def test_finetuning_takes_the_backbone_and_freezes_the_rest(tmp_path):

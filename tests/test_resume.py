@@ -11,9 +11,11 @@ import checkpoint
 import kill_and_resume
 import launch
 import pytest
+import torch
 import train_imagenet
 from conftest import ROOT, free_port
 
+import mrl_models
 from mrl_files import InputError
 
 
@@ -37,7 +39,7 @@ def train(ffcv, tmp_path, monkeypatch):
 def stop_after(monkeypatch, steps):
     """The next run is asked to stop after so many steps."""
     left = iter(range(steps - 1, -1, -1))
-    monkeypatch.setattr(launch.StopRequest, "asked", lambda self: 0 if next(left) else int(signal.SIGTERM))
+    monkeypatch.setattr(launch.StopRequest, "asked", lambda self: 0 if next(left, 0) else int(signal.SIGTERM))
 
 
 def log(folder):
@@ -47,13 +49,14 @@ def log(folder):
             for line in (folder / "log").read_text().splitlines()]
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(train, monkeypatch, capsys):
-    """Stopped in its first epoch and in its second, of three steps each."""
-    whole = train("whole")
+@pytest.mark.parametrize("flags, steps", [((), 2), (kill_and_resume.RECIPE, 1)], ids=["plain", "recipe"])
+def test_a_stopped_run_goes_on_to_the_same_weights(train, monkeypatch, capsys, flags, steps):
+    """Stopped in its first epoch and after it; of three batches each, the recipe's first two to one step."""
+    whole = train("whole", *flags)
     folder, resumed = whole.parent / "stopped", ["train_imagenet.py", f"--training.resume={whole.parent}/stopped"]
-    for start in (lambda: train("stopped"), train_imagenet.main):
+    for start in (lambda: train("stopped", *flags), train_imagenet.main):
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-            stop_after(patch, 2)
+            stop_after(patch, steps)
             start()
         assert stopped.value.code == 128 + signal.SIGTERM
         assert f"--training.resume={folder}" in capsys.readouterr().err and not (folder / "final_weights.pt").exists()
@@ -61,6 +64,20 @@ def test_a_stopped_run_goes_on_to_the_same_weights(train, monkeypatch, capsys):
     train_imagenet.main()
     assert kill_and_resume.same(kill_and_resume.weights(folder), kill_and_resume.weights(whole))
     assert log(folder) == log(whole)
+    state, keys = torch.load(folder / "checkpoint.pt"), {"format", "run", "model", "optimizer", "scaler", "rng",
+                                                         "losses", "epoch", "step", "elapsed"}
+    assert state.keys() == keys | ({"ema"} if flags else set())      # without: as it was before there were averages
+
+
+def test_the_average_is_validated_and_saved(train, capsys):
+    folder = train("run", "--training.epochs=1", "--training.ema=0.5", "--training.optimizer=adamw", "--lr.lr=0.05")
+    assert capsys.readouterr().err.count("warning: --lr.lr=0.05 is a rate for SGD") == 1
+    (record,) = map(json.loads, (folder / "log").read_text().splitlines())
+    assert record["ema_val_loss_8"] != record["val_loss_8"] and 0 <= record["ema_top_1_8"] <= record["ema_top_5_8"] == 1
+    average, last = (mrl_models.load_model(folder / f"final_weights{end}.pt") for end in ("_ema", ""))
+    assert average.spec == last.spec and not torch.equal(average.conv1.weight, last.conv1.weight)
+    ema = torch.load(folder / "checkpoint.pt")["ema"]
+    assert ema["n_averaged"] == 3 and torch.equal(ema["module.conv1.weight"], average.conv1.weight)
 
 
 def test_a_run_goes_on_only_as_it_began(train, monkeypatch):

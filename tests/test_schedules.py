@@ -10,7 +10,7 @@ from mrl_files import InputError
 
 def lr(**changes):
     return SimpleNamespace(**{"lr": 0.425, "lr_schedule_type": "cyclic", "lr_peak_epoch": 2, "step_ratio": 0.1,
-                              "step_length": 30, **changes})
+                              "step_length": 30, "warmup_epochs": None, **changes})
 
 
 def test_rates_equal_the_original(golden):
@@ -20,6 +20,19 @@ def test_rates_equal_the_original(golden):
     step = [schedules.learning_rate(e, lr(lr_schedule_type="step"), 40) for e in range(41)]
     np.testing.assert_allclose(step, numbers["lr_step_epochs40_lr0.425_ratio0.1_length30"], rtol=1e-15)
     assert schedules.learning_rate(7, lr(lr_schedule_type="constant"), 40) == 0.425
+
+
+def test_cosine():
+    rates = [schedules.learning_rate(e, lr(lr=1.0, lr_schedule_type="cosine", warmup_epochs=2), 6) for e in range(7)]
+    root = 0.5 ** 0.5
+    np.testing.assert_allclose(rates, [1e-4, 0.50005, 1, (1 + root) / 2, 0.5, (1 - root) / 2, 0], atol=1e-15)
+    assert schedules.learning_rate(0, lr(lr=1.0, lr_schedule_type="cosine"), 6) == 1
+
+
+def test_batches_that_share_a_step():
+    assert [schedules.group(batch, 7, 3) for batch in range(7)] == [
+        (0, 3, False), (0, 3, False), (0, 3, True), (1, 3, False), (1, 3, False), (1, 3, True), (2, 1, True)]
+    assert [schedules.group(batch, 2, 1) for batch in range(2)] == [(0, 1, True), (1, 1, True)]
 
 
 def test_rates_within_an_epoch_run_to_the_next_epochs():
@@ -40,7 +53,8 @@ def settings(start_ramp=0, end_ramp=0, epochs=4, **changes):
 
 @pytest.mark.parametrize("changes", [{}, {"epochs": 1}, {"lr_peak_epoch": 0}, {"lr_peak_epoch": 4},
                                      {"start_ramp": 29, "end_ramp": 34, "epochs": 40},
-                                     {"lr_peak_epoch": 5, "lr_schedule_type": "step"}], ids=str)
+                                     {"lr_peak_epoch": 5, "lr_schedule_type": "step"},
+                                     {"lr_schedule_type": "cosine", "warmup_epochs": 3}], ids=str)
 def test_schedules_that_can_be_followed(changes):
     schedules.check_schedules(settings(**changes))
 
@@ -48,6 +62,8 @@ def test_schedules_that_can_be_followed(changes):
 @pytest.mark.parametrize("changes, says", [
     ({"lr_peak_epoch": 5}, "--lr.lr_peak_epoch=5: .*--training.epochs=4,.* give 0 to 4"),
     ({"lr_peak_epoch": 3, "epochs": 1}, "--lr.lr_peak_epoch=3"),
+    ({"warmup_epochs": 1}, "--lr.warmup_epochs=1: is of --lr.lr_schedule_type=cosine"),
+    ({"lr_schedule_type": "cosine", "warmup_epochs": 4}, "--lr.warmup_epochs=4: leaves no epoch .* give 0 to 3"),
     ({"start_ramp": 2, "end_ramp": 1}, "--resolution.start_ramp=2: is after --resolution.end_ramp=1")], ids=str)
 def test_schedules_that_cannot(changes, says):
     with pytest.raises(InputError, match=says):

@@ -15,7 +15,7 @@ from mrl_files import InputError
 
 REQUIRED = ["--data.train_dataset=a", "--data.val_dataset=b", "--data.num_workers=1", "--data.in_memory=1",
             "--logging.folder=c"]
-YAMLS = [*sorted((ROOT / "train/rn50_configs").glob("*.yaml")), ROOT / "demo/kanji.yaml"]
+YAMLS = [*sorted((ROOT / "train").glob("*_configs/*.yaml")), ROOT / "demo/kanji.yaml"]
 
 
 def read(monkeypatch, *words, required=REQUIRED):
@@ -26,10 +26,34 @@ def read(monkeypatch, *words, required=REQUIRED):
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.name)
 def test_yaml_files_are_read(monkeypatch, path):
     settings = as_dict(read(monkeypatch, "--config-file", path))
-    for section, values in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+    for section, values in sections(path).items():
         for key, value in values.items():
             if f"--{section}.{key}" not in " ".join(REQUIRED):
                 assert settings[section][key] == value, f"{section}.{key}"
+
+
+def sections(path):
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return {name: values for name, values in content.items() if name != "base"}
+
+
+@pytest.mark.parametrize("epochs, ramp", [(16, (11, 13)), (24, (17, 20)), (32, (23, 27)), (40, (29, 34)),
+                                          (56, (41, 48)), (88, (65, 76))])
+@pytest.mark.parametrize("name, rate, batch, processes, decay", [("50", 1.7, 512, 8, 1e-4), ("18", 0.5, 1024, 1, 5e-5)])
+def test_ffcvs_recipes(monkeypatch, name, rate, batch, processes, decay, epochs, ramp):
+    """All that differs between FFCV's files; the rest is in test_the_40_epoch_file_holds_the_originals_values."""
+    s = read(monkeypatch, "--config-file", ROOT / f"train/rn{name}_configs/rn{name}_{epochs}_epochs.yaml")
+    assert s.lr.lr == (0.2125 if (name, epochs) == ("50", 40) else rate)      # the original's, see there
+    assert (s.model.arch, s.training.batch_size, s.dist.world_size) == (f"resnet{name}", batch, processes)
+    assert (s.training.weight_decay, s.training.epochs, s.training.use_blurpool) == (decay, epochs, 1)
+    assert (s.resolution.start_ramp, s.resolution.end_ramp, s.resolution.max_res) == (*ramp, 192)
+
+
+def test_a_file_goes_before_its_base(monkeypatch, tmp_path):
+    (tmp_path / "a.yaml").write_text("base: b.yaml\nlr: {lr: 3}\n")
+    (tmp_path / "b.yaml").write_text("lr: {lr: 2, lr_peak_epoch: 5}\ntraining: {epochs: 7}\n")
+    s = read(monkeypatch, "--config-file", tmp_path / "a.yaml")
+    assert (s.lr.lr, s.lr.lr_peak_epoch, s.training.epochs) == (3, 5, 7)
 
 
 def test_the_40_epoch_file_holds_the_originals_values(monkeypatch):
@@ -47,7 +71,7 @@ def test_the_40_epoch_file_holds_the_originals_values(monkeypatch):
 def test_defaults_are_the_originals(monkeypatch):
     s = read(monkeypatch)
     assert vars(s.lr) == {"lr": 0.5, "lr_schedule_type": "cyclic", "lr_peak_epoch": 2, "step_ratio": 0.1,
-                          "step_length": 30}
+                          "step_length": 30, "warmup_epochs": None}
     assert vars(s.resolution) == {"min_res": 160, "max_res": 160, "start_ramp": 0, "end_ramp": 0}
     assert vars(s.validation) == {"batch_size": 512, "resolution": 224, "lr_tta": 1}
     assert (s.model.arch, s.model.mrl, s.model.efficient, s.model.nesting_start) == ("resnet18", 0, 0, 3)
@@ -65,7 +89,9 @@ def test_the_command_line_goes_before_the_file(monkeypatch):
     (["--training.optimizer=adam"], "--training.optimizer=adam: expected"),
     (["--training.epochs=many"], "--training.epochs=many: expected an int"),
     (["--model.mrl=2"], "--model.mrl=2"), (["--training.device=tpu"], "--training.device=tpu"),
-    (["--lr.lr_schedule_type=cosine"], "cosine"), (["--training.batch_size=0"], "batch_size=0"),
+    (["--training.accumulate=0"], "--training.accumulate=0"), (["--training.mixup=-1"], "--training.mixup=-1"),
+    (["--training.ema=1.5"], "--training.ema=1.5"), (["--lr.lr_schedule_type=linear"], "linear"),
+    (["--training.batch_size=0"], "batch_size=0"),
     (["--lr.lr_peak_epoch=-3"], "--lr.lr_peak_epoch=-3"), (["--resolution.end_ramp=-1"], "--resolution.end_ramp=-1")])
 def test_bad_values(monkeypatch, words, said):
     with pytest.raises(InputError, match=said):
@@ -79,7 +105,8 @@ def test_what_is_missing_is_named(monkeypatch):
 
 @pytest.mark.parametrize("content, said", [("training:\n  epoch: 3\n", r"unknown setting training.epoch"),
                                            ("train: 3\n", "expected sections"), ("- 1\n", "expected sections"),
-                                           ("a: [", "not YAML"), ("training:\n  epochs: 1.5\n", "training.epochs=1.5")])
+                                           ("a: [", "not YAML"), ("training:\n  epochs: 1.5\n", "training.epochs=1.5"),
+                                           ("base: a.yaml\n", "a.yaml: expected sections")])
 def test_bad_yaml(monkeypatch, tmp_path, content, said):
     (tmp_path / "a.yaml").write_text(content)
     with pytest.raises(InputError, match=said):

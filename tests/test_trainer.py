@@ -117,15 +117,25 @@ def test_a_run_that_diverged_ends_before_it_is_saved(trainer):
     assert not list(trainer.folder.iterdir())
 
 
-def use_fp16(patch):
+def use_fp16(patch, scale=2.0 ** 16):
     """Real fp16, with its loss scale, on the CPU."""
     patch.setattr("trainer.autocast", lambda *_: torch.autocast("cpu", torch.float16))
     real = torch.amp.GradScaler
-    patch.setattr(torch.amp, "GradScaler", lambda device, enabled: real(device))
+    patch.setattr(torch.amp, "GradScaler", lambda device, enabled: real(device, scale))
 
 
 def batch():
     return torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8), torch.tensor([[0], [1], [0], [1]])
+
+
+def accumulate(trainer):
+    """Two batches to a step: the processes have gradients of their own until its last, and the same weights after."""
+    weight = trainer.model.fc.nesting_classifier_0.weight
+    trainer.train_step(*batch(), 0.01, 2, False)
+    gradients = launch.gather(trainer.process, weight.grad[0].sum().item())
+    trainer.train_step(*batch(), 0.01, 2, True)
+    weights = launch.gather(trainer.process, weight[0].sum().item())
+    assert gradients[0] != gradients[1] and weights[0] == weights[1]
 
 
 def test_a_run_that_diverged_in_fp16_ends_too(make_trainer, monkeypatch):
@@ -165,7 +175,7 @@ def diverge_in_the_second(process, settings, folder):
     with pytest.MonkeyPatch.context() as patch:
         use_fp16(patch)
         trainer = Trainer(process, settings, train_imagenet.model_spec(settings), folder)
-        trainer.train_step(*batch(), 0.01)
+        accumulate(trainer)
         trainer.check_weights()
         if not process.first:
             trainer.model.conv1.weight.data *= 1e6
@@ -176,9 +186,61 @@ def diverge_in_the_second(process, settings, folder):
         trainer.check_weights()
 
 
+def test_batches_that_share_a_step_are_one_batch(make_trainer):
+    """Of a network without BatchNorm: the weights after two steps, the second step's batches being cut in three."""
+    whole, shared = (make_trainer("--model.arch=convnext_tiny", "--training.momentum=0") for _ in range(2))
+    images, labels = (part.repeat(3, *[1] * (part.dim() - 1))[:6] for part in batch())
+    for trainer in (whole, shared):
+        trainer.model.eval()      # no stochastic depth
+        trainer.train_step(images, labels, 0.01)
+    loss = whole.train_step(images, labels, 0.01)
+    losses = [shared.train_step(images[i:i + 2], labels[i:i + 2], 0.01, 3, i == 4) for i in (0, 2, 4)]
+    torch.testing.assert_close(torch.stack(losses).mean(0), loss)
+    for one, other in zip(whole.model.parameters(), shared.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_clipped_gradient_has_that_norm(make_trainer, monkeypatch, half):
+    """In fp16 too, where the loss is scaled, and over both batches of a step."""
+    if half:
+        use_fp16(monkeypatch, 256.0)
+    trainer = make_trainer("--training.clip_grad_norm=0.5", "--training.weight_decay=0")
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    for last in (False, True):
+        trainer.train_step(*batch(), 0.1, 2, last)
+    moved = [p.detach() - b for p, b in zip(trainer.model.parameters(), before, strict=True)]
+    assert torch.cat([m.flatten() for m in moved]).norm().item() == pytest.approx(0.1 * 0.5, rel=1e-3)
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_an_overflow_in_one_of_a_steps_batches_skips_the_step(make_trainer, monkeypatch):
+    use_fp16(monkeypatch, 256.0)
+    trainer = make_trainer("--training.clip_grad_norm=0.5", "--training.ema=0.5", "--training.optimizer=adamw")
+    before = trainer.model.fc.nesting_classifier_0.weight.detach().clone()
+    trainer.train_step(*batch(), 0.1, 2, False)
+    next(trainer.model.parameters()).grad[0] = torch.inf
+    trainer.train_step(*batch(), 0.1, 2, True)
+    assert torch.equal(trainer.model.fc.nesting_classifier_0.weight, before)
+    assert trainer.scaler.get_scale() == 128 and trainer.parts["ema"].n_averaged == 0
+    for last in (False, True):
+        trainer.train_step(*batch(), 0.1, 2, last)
+    assert trainer.parts["ema"].n_averaged == 1 and all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_the_averages_head_is_its_own(make_trainer):
+    """Both compute in float32 (classify_in_float32), each with its own weights."""
+    trainer = make_trainer("--training.ema=0.5")
+    trainer.model.fc.nesting_classifier_0.weight.data.zero_()
+    logits = [trainer.val_logits(model.eval(), torch.rand(2, 3, 32, 32))[0] for model in trainer.models.values()]
+    bias = trainer.model.fc.nesting_classifier_0.bias.expand(2, 2)
+    assert torch.equal(logits[0], bias) and not torch.allclose(logits[1], bias)
+
+
 def test_tta_averages_the_mirrored_image(trainer):
-    trainer.model = lambda images: images.mean((2, 3)) * torch.tensor([1., 0, 0]) + images[:, :, 0, 0]
+    def model(images):
+        return images.mean((2, 3)) * torch.tensor([1., 0, 0]) + images[:, :, 0, 0]
     images = torch.rand(4, 3, 8, 8)
     trainer.settings.validation.lr_tta = 1
-    expected = (trainer.model(images) + trainer.model(images.flip(-1))) / 2
-    torch.testing.assert_close(trainer.val_logits(images), expected[None])
+    expected = (model(images) + model(images.flip(-1))) / 2
+    torch.testing.assert_close(trainer.val_logits(model, images), expected[None])

@@ -4,7 +4,8 @@ params.json       settings, what build_model needs ("model"), versions, git revi
                   which its checkpoints carry too. Read by mrl_models.load_model.
 log               one JSON object an epoch.
 checkpoint.pt     everything needed to go on. The new one takes the old one's place in one step, when it is complete.
-final_weights.pt  the plain state dict. Read by inference/ and model_analysis/.
+final_weights.pt  the plain state dict. Read by inference/ and model_analysis/. With --training.ema that of the average
+                  stands beside it, final_weights_ema.pt.
 """
 import os
 import platform
@@ -21,6 +22,7 @@ from mrl_files import InputError, describe_error, locked, read_json, replacing, 
 
 FORMAT = "MRL training checkpoint 1"
 CURRENT = "checkpoint.pt"
+WEIGHTS = {"": "final_weights.pt", "ema_": "final_weights_ema.pt"}
 ANEW = "put a good copy there, or choose another --logging.name to begin anew"
 # A continued run may differ from its beginning in these sections and settings: they do not change its result, if the
 # data files are the same, moved elsewhere.
@@ -84,10 +86,10 @@ def save(folder, state):
     sync_folder(folder)
 
 
-def save_weights(folder, state):
-    """Write final_weights.pt, whose being there says that the run is finished. On the CPU: torch.load on a machine
-    without a GPU takes no tensor of one."""
-    with replacing(folder / "final_weights.pt") as temporary:
+def save_weights(folder, state, name=""):
+    """Write final_weights.pt, whose being there says that the run is finished; of name "ema_", final_weights_ema.pt.
+    On the CPU: torch.load on a machine without a GPU takes no tensor of one."""
+    with replacing(folder / WEIGHTS[name]) as temporary:
         write_through({key: value.cpu() for key, value in state.items()}, temporary)
     sync_folder(folder)
 

@@ -62,10 +62,12 @@ def table(record, spec, epochs):
         lines.append(f"  hint: the device of process {record['waiting_most']} waits for data; more "
                      "--data.num_workers, more CPU cores, or a file with fewer JPEGs (write_imagenet.sh) would help")
     if "val_images" in record:
-        lines.append("    size   top-1 %   top-5 %  val loss  train loss")
+        average = any(key.startswith("ema_") for key in record)
+        lines.append("    size   top-1 %   top-5 %  val loss  train loss" + average * "  ema top-1 %")
         for size, end in zip(spec["nesting_list"], endings(spec), strict=True):
             top_1, top_5, val, train = (record[f"{k}{end}"] for k in ("top_1", "top_5", "val_loss", "train_loss"))
-            lines.append(f"  {size:6d} {100 * top_1:9.2f} {100 * top_5:9.2f} {val:9.4f} {train:11.4f}")
+            ema = f" {100 * record[f'ema_top_1{end}']:12.2f}" if average else ""
+            lines.append(f"  {size:6d} {100 * top_1:9.2f} {100 * top_5:9.2f} {val:9.4f} {train:11.4f}{ema}")
     return "\n".join(lines)
 
 
@@ -82,7 +84,7 @@ def append_events(folder, record):
     from torch.utils.tensorboard import SummaryWriter
     with SummaryWriter(folder / "tensorboard", purge_step=record["epoch"]) as events:
         for key, value in record.items():
-            tag = re.sub(r"^(top_1|top_5|val_loss|train_loss)_(\d+)$", r"\1/\2", key)
+            tag = re.sub(r"^((?:ema_)?(?:top_1|top_5|val_loss)|train_loss)_(\d+)$", r"\1/\2", key)
             events.add_scalar(tag, value, record["epoch"], record["timestamp"])
 
 

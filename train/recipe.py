@@ -1,6 +1,11 @@
-"""Build the model, the loss and the optimiser from the settings. Used by trainer.py and train_imagenet.py."""
+"""Build the model, the loss, the optimiser and what goes with them from the settings.
+
+Used by trainer.py and train_imagenet.py.
+"""
+import numpy as np
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from MRL import Matryoshka_CE_Loss
 from mrl_files import InputError, describe_error
@@ -16,6 +21,7 @@ from mrl_models import (
     read_state_dict,
 )
 
+ADAMW_LR = 0.05      # from here on it is a rate for SGD
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
@@ -75,6 +81,15 @@ def check_batch_size(model, settings):
                          f"{describe_error(error)}") from None
 
 
+def check_training(training, lr):
+    """InputError for an average that never moves. -> a line of warning, or None."""
+    if training.ema == 1:
+        raise InputError("--training.ema=1: the average would stay where it began; give less, such as 0.999")
+    if training.optimizer == "adamw" and lr.lr >= ADAMW_LR:
+        return f"warning: --lr.lr={lr.lr} is a rate for SGD; for --training.optimizer=adamw, 0.001 is usual"
+    return None
+
+
 def relative_importance(settings):
     weights = numbers(settings.model.relative_importance, float, "model.relative_importance")
     return None if weights is None else check_relative_importance(weights)
@@ -118,11 +133,17 @@ def train_mode(model):
 
 
 def make_optimizer(model, training, fused=False):
-    """SGD in two groups: norm parameters have their own weight decay (0). fused: one kernel, for a GPU."""
-    norms = norm_parameters(model, training.norms_by_type)
+    """SGD or AdamW in two groups: norm parameters, and in AdamW biases, have their own weight decay (0).
+
+    fused: one kernel, for a GPU.
+    """
+    adamw = training.optimizer == "adamw"
+    norms = vectors(model) if adamw else norm_parameters(model, training.norms_by_type)
     learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [{"params": [p for name, p in learning if name in norms], "weight_decay": training.bn_wd},
               {"params": [p for name, p in learning if name not in norms], "weight_decay": training.weight_decay}]
+    if adamw:
+        return torch.optim.AdamW(groups, lr=1.0, fused=fused)
     optimizer = torch.optim.SGD(groups, lr=1.0, momentum=training.momentum, fused=fused)
     start_momentum(optimizer)
     return optimizer
@@ -142,6 +163,42 @@ def norm_parameters(model, by_type):
         return {name for name, _ in model.named_parameters() if "bn" in name}
     return {f"{module}.{name}" for module, norm in model.named_modules() if isinstance(norm, NORMS)
             for name, _ in norm.named_parameters()}
+
+
+def vectors(model):
+    """-> names of the parameters that are vectors, whatever their shape: of norms, biases, scales and class tokens."""
+    return {name for name, p in model.named_parameters() if p.numel() == max(p.shape, default=1)}
+
+
+def make_ema(model, optimizer, decay):
+    """The exponential moving average of the weights and running statistics, brought up to date by each optimiser step.
+
+    On a GPU, torch's AveragedModel waits for the device once a step: it copies its counter there.
+    """
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    optimizer.register_step_post_hook(lambda *_: ema.update_parameters(model))
+    return ema
+
+
+def make_mixing(training, classes, rank):
+    """-> mix(images [N, 3, R, R], labels [N], epoch, batch): mixup, cutmix, or either by chance; labels become [N, C].
+
+    Without them the batch stays as it is. What is drawn follows from the seed, the epoch, the batch's number and the
+    process, so that a run that goes on mixes as before.
+    """
+    if not (training.mixup or training.cutmix):
+        return lambda images, labels, *_: (images, labels)
+    from torchvision.transforms import v2
+    kinds = {v2.MixUp: training.mixup, v2.CutMix: training.cutmix}
+    either = v2.RandomChoice([kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds.items() if alpha])
+
+    def mix(images, labels, epoch, batch):
+        seed = np.random.SeedSequence((training.seed, epoch, batch, rank)).generate_state(1).item()
+        with torch.random.fork_rng(devices=[]):      # the CPU's generator alone: a GPU's goes on with its dropout
+            torch.default_generator.manual_seed(seed)
+            images, labels = either(images, labels)
+        return images.contiguous(memory_format=torch.channels_last), labels
+    return mix
 
 
 def make_criterion(settings):

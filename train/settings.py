@@ -66,11 +66,24 @@ def read_flag(*flag, **options):
 
 
 def read_config(path, config):
-    """-> the sections of a YAML (or JSON) file. InputError for a key that none declares."""
+    """-> the sections of a YAML (or JSON) file, over those of the one beside it that its `base:` names."""
+    content, base = read_yaml(path), {}
+    if isinstance(content, dict) and "base" in content:
+        beside = Path(file_path(path)).parent / str(content.pop("base"))
+        base = check_sections(beside, read_yaml(beside), config)
+    content = check_sections(path, content, config)
+    return {section: base.get(section, {}) | content.get(section, {}) for section in base | content}
+
+
+def read_yaml(path):
     try:
-        content = yaml.safe_load(Path(file_path(path)).read_text(encoding="utf-8"))
+        return yaml.safe_load(Path(file_path(path)).read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:      # ValueError: not UTF-8; no such date
         raise InputError(f"{path}: not YAML ({describe_error(error)})") from None
+
+
+def check_sections(path, content, config):
+    """-> the content. InputError for a key that none declares."""
     if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
         raise InputError(f"{path}: expected sections of keys, as in rn50_configs/rn50_40_epochs.yaml")
     unknown = [f"{section}.{key}" for section in content for key in content[section]

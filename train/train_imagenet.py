@@ -9,6 +9,7 @@
 On ImageNet with two GPUs the paper reports top-1 of 66.63 % at 8 dimensions, 76.80 % at 2048 (Table 1).
 Reads the files of write_imagenet.sh; leaves a run folder (see checkpoint.py) under --logging.folder.
 """
+import sys
 import time
 import uuid
 from contextlib import nullcontext
@@ -22,7 +23,7 @@ from augmentation import SCALE
 from fastargs import Config, Param, Section
 from fastargs.validation import And, InRange, OneOf
 from loaders import VALIDATION_RATIO, check_files, train_loader, val_loader
-from recipe import check_images, make_model, model_spec
+from recipe import check_images, check_training, make_model, model_spec
 from settings import PATH, as_dict, read_flag, read_settings
 from trainer import Trainer
 
@@ -58,9 +59,10 @@ Section("data", "files of write_imagenet.sh", CONFIG).params(
     num_workers=Param(int, "decoding threads of each process", required=True),
     in_memory=Param(SWITCH, "the training file fits in memory", required=True),
 )
-Section("lr", "learning rate: 1.7 * global batch / 4096 for ResNet50", CONFIG).params(
+Section("lr", "learning rate: 1.7 * global batch / 4096 for ResNet50 and SGD", CONFIG).params(
     lr=Param(And(float, InRange(min=0)), "peak", default=0.5),
-    lr_schedule_type=Param(OneOf(["step", "cyclic", "constant"]), "shape", default="cyclic"),
+    lr_schedule_type=Param(OneOf(["step", "cyclic", "constant", "cosine"]), "shape", default="cyclic"),
+    warmup_epochs=Param(EPOCH, "cosine: epochs of the way up [default: 0]"),
     lr_peak_epoch=Param(EPOCH, "cyclic: epoch of the peak", default=schedules.PEAK),
     step_ratio=Param(And(float, InRange(min=0)), "step: factor", default=0.1),
     step_length=Param(COUNT, "step: epochs between steps", default=30),
@@ -82,13 +84,20 @@ Section("training", "training", CONFIG).params(
     eval_only=Param(SWITCH, "only validate the weights in path", default=0),
     path=Param(PATH, "weights for eval_only"),
     batch_size=Param(COUNT, "per process", default=512),
-    optimizer=Param(And(str, OneOf(["sgd"])), "optimiser", default="sgd"),
-    momentum=Param(And(float, InRange(min=0)), "momentum", default=0.9),
+    optimizer=Param(And(str, OneOf(["sgd", "adamw"])), "optimiser", default="sgd"),
+    momentum=Param(And(float, InRange(min=0)), "momentum of sgd", default=0.9),
     weight_decay=Param(And(float, InRange(min=0)), "weight decay", default=4e-5),
-    bn_wd=Param(And(float, InRange(min=0)), "weight decay of norm parameters", default=0.0),
-    norms_by_type=Param(SWITCH, "norm parameters by module type, not by 'bn' in the name (which misses downsample.1)",
-                        default=0),
+    bn_wd=Param(And(float, InRange(min=0)), "weight decay of norm parameters; of adamw's biases too", default=0.0),
+    norms_by_type=Param(SWITCH, "sgd: norm parameters by module type, not by 'bn' in the name (which misses "
+                        "downsample.1)", default=0),
     epochs=Param(COUNT, "epochs", default=30),
+    accumulate=Param(COUNT, "batches to an optimiser step [default: 1]"),
+    clip_grad_norm=Param(And(float, InRange(min=0)), "largest norm of the gradient [default: any]"),
+    ema=Param(And(float, InRange(min=0, max=1)), "decay of an average of the weights, such as 0.9999; validated beside "
+              "them, saved as final_weights_ema.pt [default: none]"),
+    mixup=Param(And(float, InRange(min=0)), "alpha of mixup, such as 0.2 [default: none]"),
+    cutmix=Param(And(float, InRange(min=0)), "alpha of CutMix, such as 1; with mixup, each batch has one of them "
+                 "[default: none]"),
     label_smoothing=Param(And(float, InRange(min=0, max=1)), "label smoothing", default=0.1),
     crop_scale=Param(And(float, InRange(min=0, max=1)), "least share of an image in a random crop", default=SCALE),
     flip=Param(SWITCH, "mirror images with chance 1/2; 0 where left and right differ, as in text", default=1),
@@ -160,6 +169,8 @@ def check_settings(settings, spec):
     if settings.training.precision == "fp16" and settings.training.device == "cpu":
         raise InputError("--training.precision=fp16: on a CPU use fp32 or bf16")
     schedules.check_schedules(settings)
+    if (warning := check_training(settings.training, settings.lr)) and launch.is_first():
+        print(warning, file=sys.stderr)
     if settings.dist.world_size > 1 and not settings.data.in_memory:
         raise InputError("--data.in_memory=0 with several processes: FFCV would hold nearly the whole file in each; "
                          "give 1: the file is mapped, and what does not fit in memory is read again")

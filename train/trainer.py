@@ -1,7 +1,9 @@
 """Training and validation in one process of a run. Used by train_imagenet.py."""
+import math
 import resource
 import sys
 import time
+from contextlib import nullcontext
 
 import checkpoint
 import launch
@@ -9,7 +11,7 @@ import schedules
 import torch
 from epoch_log import Stopwatch, append_events, append_log, named, table
 from loaders import normalise, pixel_statistics
-from recipe import make_criterion, make_model, make_optimizer, train_mode
+from recipe import make_criterion, make_ema, make_mixing, make_model, make_optimizer, train_mode
 from torch import nn
 from tqdm import tqdm
 
@@ -29,15 +31,22 @@ class Trainer:
         torch.manual_seed(settings.training.seed)
         torch.backends.cudnn.benchmark = True
         self.model = make_model(settings, spec, self.device)
-        classify_in_float32(self.model)
+        self.mix = make_mixing(settings.training, spec["num_classes"], process.rank)
         self.criterion = make_criterion(settings).to(self.device)
         self.optimizer = make_optimizer(self.model, settings.training, fused=self.device.type == "cuda")
         precision = settings.training.precision or ("fp16" if self.device.type == "cuda" else "fp32")
         self.autocast = autocast(self.device, precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.models = {"": self.model}      # what is validated, and saved at the end
+        self.parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}      # of a checkpoint
+        if settings.training.ema and not settings.training.eval_only:
+            self.parts["ema"] = make_ema(self.model, self.optimizer, settings.training.ema)
+            self.models["ema_"] = self.parts["ema"].module
+        for model in self.models.values():
+            classify_in_float32(model)
         _, _, mean, std = preparation(spec)
         self.mean, self.std = pixel_statistics(self.device, mean, std)
-        self.epoch, self.step, self.before, self.began = 0, 0, 0.0, time.time()
+        self.epoch, self.step, self.before, self.began = 0, 0, 0.0, time.time()      # step: batches of the epoch
         self.losses = torch.zeros(len(spec["nesting_list"]), device=self.device)
         if settings.training.compile:
             torch._dynamo.config.cache_size_limit = 64      # a graph for each resolution and each size of a batch
@@ -51,19 +60,30 @@ class Trainer:
 
     # ---- training
 
-    def train_step(self, images, labels, rate):
-        """One optimiser step on a batch as FFCV gives it -> losses [G]; nothing here waits for the device."""
+    def train_step(self, images, labels, rate, share=1, last=True):
+        """A batch as FFCV gives it -> losses [G]; nothing here waits for the device.
+
+        `share` batches share an optimiser step, taken after the last of them: their gradients' mean.
+        """
+        images, labels = self.mix(normalise(images, self.mean, self.std), labels.flatten(), self.epoch, self.step)
+        with nullcontext() if last or self.process.alone else self.parallel.no_sync():
+            with self.autocast:
+                losses = self.criterion.per_size(self.parallel(images), labels)
+                loss = self.criterion.weighted_sum(losses) / share
+            self.scaler.scale(loss).backward()
+        if last:
+            self.update_weights(rate)
+        return losses.detach()
+
+    def update_weights(self, rate):
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.autocast:
-            output = self.parallel(normalise(images, self.mean, self.std))
-            losses = self.criterion.per_size(output, labels.flatten())
-            loss = self.criterion.weighted_sum(losses)
-        self.scaler.scale(loss).backward()
+        if limit := self.settings.training.clip_grad_norm:
+            self.scaler.unscale_(self.optimizer)      # the limit is of the gradient, not of the scaled one
+            nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return losses.detach()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def train_epoch(self, loader, stop):
         """The rest of the current epoch -> (images/s, share of the time that the device waited for data).
@@ -71,19 +91,22 @@ class Trainer:
         Both are counted from the first batch on: FFCV compiles its pipeline before it.
         """
         s, watch = self.settings, Stopwatch(self.device)
-        rates = schedules.iteration_rates(self.epoch, len(loader), s.lr, s.training.epochs).tolist()
+        accumulate = s.training.accumulate or 1
+        steps = math.ceil(len(loader) / accumulate)
+        rates = schedules.iteration_rates(self.epoch, steps, s.lr, s.training.epochs).tolist()
         loader.set_resolution(schedules.resolution(self.epoch, **vars(s.resolution)))
         train_mode(self.parallel)
         batches = loader.epoch(self.epoch, self.step)
         bar = self.bar(batches, f"epoch {self.epoch + 1}/{s.training.epochs}", total=len(loader), initial=self.step)
         for images, labels in bar:
             watch.start()
-            self.losses += self.train_step(images, labels, rates[self.step])
+            step, share, last = schedules.group(self.step, len(loader), accumulate)
+            self.losses += self.train_step(images, labels, rates[step], share, last)
             self.step += 1
             watch.stop()
             if s.logging.log_level == 2:
                 bar.set_postfix(loss=f"{self.losses.sum().item() / self.step:.3f}")
-            if (signum := stop.asked()) and self.step < len(loader):
+            if last and (signum := stop.asked()) and self.step < len(loader):
                 batches.close()
                 self.stopped(signum)
         seconds, waited = watch.summary()
@@ -110,7 +133,8 @@ class Trainer:
             if (signum := stop.asked()) and self.epoch < self.settings.training.epochs:
                 self.stopped(signum)
         if self.process.first:
-            checkpoint.save_weights(self.folder, self.model.state_dict())
+            for name, model in reversed(self.models.items()):      # final_weights.pt last: the run is finished
+                checkpoint.save_weights(self.folder, model.state_dict(), name)
             print(f"final weights: {self.folder / 'final_weights.pt'}")
 
     def one_epoch(self, loader, val, stop):
@@ -179,26 +203,32 @@ class Trainer:
     # ---- validation
 
     def validate(self, loader):
-        """Every image once, over all processes -> {top_1, top_5, val_loss (of each size), val_time}; fractions."""
-        start = time.time()
-        launch.share_buffers(self.process, self.model)
-        self.model.eval()
+        """-> {top_1, top_5, val_loss (of each size), val_images, val_time}; of an average too: ema_top_1, ..."""
+        start, record = time.time(), {}
+        for name, model in self.models.items():
+            record |= self.validate_one(model, loader, name)
+        return {**record, "val_time": time.time() - start}
+
+    def validate_one(self, model, loader, name):
+        """Every image once, over all processes -> accuracies as fractions, and losses."""
+        launch.share_buffers(self.process, model)
+        model.eval()
         sums = torch.zeros(3, len(self.spec["nesting_list"]), device=self.device, dtype=torch.float64)
         n = torch.zeros(1, device=self.device, dtype=torch.int64)
         # no_grad, not inference_mode: FFCV makes its tensors here, and its own thread writes into them
         with torch.no_grad(), self.autocast:
             for images, labels in self.bar(loader, "validation"):
-                sums += count(self.val_logits(normalise(images, self.mean, self.std)), labels.flatten())
+                sums += count(self.val_logits(model, normalise(images, self.mean, self.std)), labels.flatten())
                 n += len(images)
         top_1, top_5, loss = launch.total(self.process, sums) / launch.total(self.process, n)
-        return {**named(self.spec, "top_1", top_1), **named(self.spec, "top_5", top_5),
-                **named(self.spec, "val_loss", loss), "val_images": n.item(), "val_time": time.time() - start}
+        return {**named(self.spec, f"{name}top_1", top_1), **named(self.spec, f"{name}top_5", top_5),
+                **named(self.spec, f"{name}val_loss", loss), "val_images": n.item()}
 
-    def val_logits(self, images):
+    def val_logits(self, model, images):
         """-> [G, N, C]; with lr_tta the mean of those of the images and of their mirror images."""
-        logits = stack_logits(self.model(images))
+        logits = stack_logits(model(images))
         if self.settings.validation.lr_tta:
-            logits = (logits + stack_logits(self.model(images.flip(-1)))) / 2
+            logits = (logits + stack_logits(model(images.flip(-1)))) / 2
         return logits
 
     # ---- state
@@ -211,8 +241,8 @@ class Trainer:
         losses = launch.total(self.process, self.losses.clone())
         if self.process.first:
             checkpoint.save(self.folder, {
-                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "rng": rngs, "losses": losses / self.process.world_size,
+                **{name: part.state_dict() for name, part in self.parts.items()},
+                "rng": rngs, "losses": losses / self.process.world_size,
                 "epoch": self.epoch, "step": self.step, "elapsed": self.elapsed()})
 
     def restore(self, state):
@@ -223,9 +253,8 @@ class Trainer:
                              f"({describe_error(error)})") from None
 
     def load(self, state):
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
         rng = state["rng"][self.process.rank]
         torch.set_rng_state(rng["cpu"])
         if "cuda" in rng:

@@ -23,7 +23,8 @@ DISK = 4 << 30      # bytes; 2.3 GB were in use at most
 
 # Begun first, the slowest of them first, so that `--dist loadfile` does not end with one of them alone.
 SLOW = ["test_resume", "test_train_commands", "test_benchmarks", "test_trainer", "test_gpu_rehearsal", "test_abuse",
-        "test_inference_commands", "test_analysis_notebooks", "test_write_imagenet", "test_retrieve", "test_loaders"]
+        "test_inference_commands", "test_analysis_notebooks", "test_write_imagenet", "test_retrieve",
+        "test_ffcv_loader", "test_loaders"]
 
 
 def pytest_configure(config):

@@ -12,9 +12,10 @@ from pathlib import Path
 
 def version(name):
     try:
-        return metadata.version(name) if name != "ffcv" or libraries_load() else "-"
+        found = metadata.version(name)
     except metadata.PackageNotFoundError:
         return "-"
+    return found if name != "ffcv" or libraries_load() else "-"
 
 
 def libraries_load():

@@ -37,7 +37,7 @@ ours() { [ "$python" = "$PWD/.venv/bin/python" ]; }
 choose_installer() {
   uv=
   ours || return 0
-  if has uv || "$python" -m pip install -q --disable-pip-version-check uv >&2; then uv=.venv/bin/uv
+  if has uv || "$python" -m pip install -q uv 2>/dev/null; then uv=.venv/bin/uv
   else say "uv cannot be had; pip takes longer"; fi
 }
 

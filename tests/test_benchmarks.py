@@ -7,6 +7,8 @@ import math
 import re
 import time
 
+import pytest
+
 NUMBER = r"[-+.\d]+(?:e[-+]?\d+)?|nan|inf"
 
 
@@ -52,6 +54,7 @@ def test_train_step(run):
 
 
 def test_train_epoch(run):
+    pytest.importorskip("ffcv")
     done = run("benchmarks", "train_epoch.py --device cpu --arch resnet18 --batch_size 4 --resolution 32 --count 20 "
                              "--pixels 48 --epochs 2 --workers 1 --rounds 2 --repeat 1 --warmup 1",
                env={"PYTHONPATH": "../train"})

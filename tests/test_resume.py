@@ -18,15 +18,21 @@ from mrl_files import InputError
 
 
 @pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return kill_and_resume.make_images(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
 def ffcv(tmp_path_factory):
+    pytest.importorskip("ffcv")
     return kill_and_resume.make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
-def train(ffcv, tmp_path, monkeypatch):
+def train(images, tmp_path, monkeypatch):
     """train(name, *flags) runs train_imagenet.main in this process -> its run folder."""
     def start(name, *flags):
-        words = kill_and_resume.command(ffcv, tmp_path, name, "--training.epochs=2", *flags)
+        words = kill_and_resume.command(images, tmp_path, name, "--training.epochs=2", *flags)
         monkeypatch.setattr(sys, "argv", words[1:])
         monkeypatch.setattr(signal, "signal", lambda *_: None)
         train_imagenet.main()
@@ -47,11 +53,14 @@ def log(folder):
             for line in (folder / "log").read_text().splitlines()]
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(train, monkeypatch, capsys):
+@pytest.mark.parametrize("data", ["images", "ffcv"])
+def test_a_stopped_run_goes_on_to_the_same_weights(data, train, request, monkeypatch, capsys):
     """Stopped in its first epoch and in its second, of three steps each."""
-    whole = train("whole")
+    path = request.getfixturevalue(data)
+    data = f"--data.train_dataset={path}", f"--data.val_dataset={path}"
+    whole = train("whole", *data)
     folder, resumed = whole.parent / "stopped", ["train_imagenet.py", f"--training.resume={whole.parent}/stopped"]
-    for start in (lambda: train("stopped"), train_imagenet.main):
+    for start in (lambda: train("stopped", *data), train_imagenet.main):
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
             stop_after(patch, 2)
             start()
@@ -81,12 +90,13 @@ def test_a_second_process_is_kept_out_of_a_run(train, tmp_path):
         train("run")
 
 
+@pytest.mark.usefixtures("ffcv")
 def test_killed_runs_end_alike():
     assert kill_and_resume.main(runs=1, kills=1) == 0
 
 
-def test_ctrl_c_finishes_the_step_and_saves(ffcv, tmp_path):
-    process = kill_and_resume.start(kill_and_resume.command(ffcv, tmp_path, "run", "--training.epochs=500"))
+def test_ctrl_c_finishes_the_step_and_saves(images, tmp_path):
+    process = kill_and_resume.start(kill_and_resume.command(images, tmp_path, "run", "--training.epochs=500"))
     while not (tmp_path / "run/checkpoint.pt").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
@@ -96,9 +106,9 @@ def test_ctrl_c_finishes_the_step_and_saves(ffcv, tmp_path):
     assert "go on with --training.resume=" in stderr
 
 
-def test_two_processes_asked_to_stop_save_first(ffcv, tmp_path):
+def test_two_processes_asked_to_stop_save_first(images, tmp_path):
     """Ctrl-C, which each process hears twice: from the terminal and from the first. (`kill`: test_gpu_rehearsal.py.)"""
-    words = kill_and_resume.command(ffcv, tmp_path, "run", "--training.epochs=500", "--training.batch_size=6",
+    words = kill_and_resume.command(images, tmp_path, "run", "--training.epochs=500", "--training.batch_size=6",
                                     "--training.distributed=1", "--dist.world_size=2", f"--dist.port={free_port()}")
     process = subprocess.Popen(words, cwd=ROOT / "train", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
@@ -112,11 +122,11 @@ def test_two_processes_asked_to_stop_save_first(ffcv, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def torchrun(ffcv, tmp_path_factory):
+def torchrun(images, tmp_path_factory):
     """torchrun(nodes, kill) -> the run folder of two gloo processes, of which one was killed after a checkpoint."""
     def start(nodes, kill):
         logs, port = tmp_path_factory.mktemp("logs"), free_port()
-        words = kill_and_resume.command(ffcv, logs, "", "--training.epochs=6", "--training.batch_size=6")[1:]
+        words = kill_and_resume.command(images, logs, "", "--training.epochs=6", "--training.batch_size=6")[1:]
         words.remove("--logging.name=")
         agent = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}",
                  f"--nproc_per_node={2 // nodes}", "--max-restarts=1", "--rdzv_backend=c10d",

@@ -175,7 +175,8 @@ TABLE = [
         both(pictures(), lambda place: (place.here / "tree/b").mkdir())),
     Row("a broken picture", TRAIN + " --logging.name=run --model.num_classes=4 --training.batch_size=2"
         " --data.train_dataset={here}/tree --data.val_dataset={here}/tree", r"a/bad\.png .* cannot be read; repair it",
-        both(pictures(), holding("tree/a/bad.png", "no image")), leaves=("out", "out/run", "out/run/params.json")),
+        both(pictures(), holding("tree/a/bad.png", "no image")),
+        leaves=("out", "out/run", "out/run/params.json", "out/run/log")),
     Row("no such weights to validate", TRAIN + " --training.eval_only=1 --training.path={here}/w.pt",
         r"w\.pt: No such file"),
     Row("half a file", TRAIN + " " + FFCV, r"data\.ffcv: truncated", edited_ffcv(second_half_gone)),

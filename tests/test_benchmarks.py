@@ -59,8 +59,8 @@ def test_train_epoch(run):
                              "--pixels 48 --epochs 2 --workers 1 --rounds 2 --repeat 1 --warmup 1",
                env={"PYTHONPATH": "../train"})
     (cells,) = rows(done.stdout, ["1 "])["1 "]
-    speed, waiting, alone = cells
-    plausible([speed, alone])
+    speed, waiting, alone, folder_alone = cells
+    plausible([speed, alone, folder_alone])
     plausible([waiting], positive=False)
     assert 0 <= waiting[0] <= 100
     for side in ("our", "plain"):

@@ -18,7 +18,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 # For commands in processes of their own; the exceptions are those of pyproject.toml.
 WARNINGS = ("error,ignore:The distutils package is deprecated:DeprecationWarning,"
-            "ignore:Implicitly cleaning up:ResourceWarning")
+            "ignore:This process:DeprecationWarning,ignore:Implicitly cleaning up:ResourceWarning")
 DISK = 4 << 30      # bytes; 2.3 GB were in use at most
 FFCV = importlib.util.find_spec("ffcv") is not None
 NEED_FFCV = ["test_ffcv_loader", "test_late_streams", "test_gpu_rehearsal", "test_write_imagenet"]

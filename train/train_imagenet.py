@@ -109,6 +109,7 @@ Section("dist", "processes started by this script; under torchrun its environmen
 )
 
 
+@name_dead_workers("fewer --data.num_workers or smaller batches")
 def worker(process, settings, spec, folder):
     """What every process does."""
     d, v = settings.data, settings.validation
@@ -118,8 +119,7 @@ def worker(process, settings, spec, folder):
                      device=process.device, rank=process.rank, world_size=process.world_size)
     if settings.training.eval_only:
         return validate_only(trainer, val)
-    with checkpoint.lock_folder(folder) if process.first else nullcontext(), \
-            name_dead_workers("fewer --data.num_workers or a smaller --training.batch_size"):
+    with checkpoint.lock_folder(folder) if process.first else nullcontext():
         train_to_the_end(trainer, val, stop)
 
 

@@ -53,7 +53,7 @@ install_packages() {
   local skip='^ffcv'
   ours || ! has torch torchvision || skip+='|^torch'      # keep the PyTorch that is there, and FAISS with GPUs
   if "$python" -c "import faiss; faiss.StandardGpuResources" 2>/dev/null; then skip+='|^faiss'; fi
-  say "installing the Python packages (PyTorch with its parts of CUDA is a download of 2.5 GB)"
+  say "installing the Python packages (new ones are 2.5 GB to download, most of it CUDA for PyTorch)"
   install -r <(grep -vE "$skip" requirements.txt)
 }
 

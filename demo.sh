@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole idea on 13,200 real images, on any machine: images -> .ffcv -> checkpoints -> accuracy, embeddings, pictures.
+# The whole idea on 13,200 real images, on any machine: images (-> .ffcv) -> checkpoints -> accuracy, embeddings, pictures.
 #
 #   ./demo.sh [FOLDER=demo_out]        12 minutes of CPU time after the set-up
 #
@@ -16,23 +16,30 @@ touch "$out/.mrl-demo"
 step() { echo; echo "== $* ($((SECONDS / 60)) min $((SECONDS % 60)) s)"; }
 SECONDS=0
 
-step "printed characters as an ImageNet-style folder tree, then as .ffcv files"
+step "printed characters as an ImageNet-style folder tree"
 rm -rf "$out"/{images,images_odd,ffcv,runs,figures,figures_odd,arrays,retrieval,outputs}
 mkdir -p "$out"/{runs,figures,figures_odd}
 python demo/cut_kanji.py "$out"
-IMAGENET_DIR=$out/images WRITE_DIR=$out/ffcv WORKERS=2 train/write_imagenet.sh 32 0.50 90
+if grep -q '^ffcv -' "$done_file"; then
+  echo "training reads these folders"
+  train_data=$out/images/train val_data=$out/images/val
+else
+  step "the same as .ffcv files, which training reads"
+  IMAGENET_DIR=$out/images WRITE_DIR=$out/ffcv WORKERS=2 train/write_imagenet.sh 32 0.50 90
+  train_data=$out/ffcv/train_32_0.50_90.ffcv val_data=$out/ffcv/val_32_uncompressed.ffcv
+fi
 
 # Networks as small as these gain little from a second core: two train at a time, on half of the cores each.
 step "training: FF at four sizes, MRL and MRL-E, two at a time"
 train() {   # name of the run, head. Shows a line for each epoch; the tables of each size are in the run's log
   cd train
   python -u train_imagenet.py --config-file ../demo/kanji.yaml "$2" --logging.folder="$out/runs" --logging.name="$1" \
-    --data.train_dataset="$out/ffcv/train_32_0.50_90.ffcv" --data.val_dataset="$out/ffcv/val_32_uncompressed.ffcv" \
+    --data.train_dataset="$train_data" --data.val_dataset="$val_data" \
     2>"$out/runs/$1.txt" | sed -un "s/^epoch/$(printf %-5s "$1") epoch/p"
   [ "${PIPESTATUS[0]}" = 0 ] || { cat "$out/runs/$1.txt" >&2; exit 255; }      # 255: xargs starts no other
 }
 export -f train
-export out
+export out train_data val_data
 OMP_NUM_THREADS=$((($(nproc) + 1) / 2)) xargs -P 2 -L 1 bash -c 'train "$@"' train <<END
 mrl --model.mrl=1
 mrl_e --model.efficient=1

@@ -5,14 +5,18 @@
     image = read_rgb(image_path(folder, classes[labels[0]], files[0]))
 """
 import os
+import re
+import signal
+import sys
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from mrl_files import InputError
+from mrl_files import InputError, describe_error
 
 
 def read_rgb(path):
@@ -125,3 +129,38 @@ def image_path(folder, class_name, file):
 def printable(path):
     """-> the path as text that any terminal and any JSON file takes: bytes that are not UTF-8 as \\xff."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def describe_unreadable(path):
+    """-> the path of an image that could not be read, and why."""
+    try:
+        read_rgb(path)
+    except Exception as error:      # whatever a decoder makes of broken bytes
+        return f"{printable(path)} ({describe_error(error)})"
+    return f"{printable(path)} (readable now)"
+
+
+# ------------------------------------------------------------------------------------------ DataLoader's processes
+
+def leave_endings_to_the_first(_):
+    """Ctrl-C, and a SIGTERM to a whole job, reach every process, but only the main one acts on them and ends the
+    workers; a worker would otherwise end before its work is done, or print a traceback, from decoding or from the
+    thread that hands over batches on a closed connection."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+    report = sys.excepthook
+    sys.excepthook = lambda kind, *rest: None if issubclass(kind, (ConnectionError, EOFError)) else report(kind, *rest)
+
+
+@contextmanager
+def name_dead_workers(fewer):
+    """One line for a worker that the system ended; PyTorch says so wherever the first process then is, in a batch or
+    between two. fewer: the flags that need less memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search(r"DataLoader worker \(pid|unable to write to file </torch_", str(error)):
+            raise
+        raise InputError("a process that reads images was ended, most often because memory ran out "
+                         f"({describe_error(error)}): give {fewer}; in a container more shared memory "
+                         "(docker: --shm-size)") from None

@@ -3,8 +3,10 @@
 #
 #   ./setup.sh                        a virtual environment .venv, with the pinned packages
 #   PYTHON=/path/to/python ./setup.sh    that Python (a cluster's module, a container): its PyTorch stays as it is
+#   FFCV=0 ./setup.sh                 without FFCV, which is compiled here; training then reads image folders only
 #
 # An active virtual environment or conda environment that has PyTorch is used in the same way as PYTHON.
+# uv fills .venv; where uv cannot be had, and in an environment of yours (which may borrow packages), pip installs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -18,13 +20,44 @@ choose_python() {      # an environment with PyTorch is used as it is; else .ven
   local active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
   if [ -n "${PYTHON:-}" ]; then
     command -v "$PYTHON"
-  elif [ -n "$active" ] && "$active/bin/python" -c "import torch" 2>/dev/null; then
+  elif [ -n "$active" ] && "$active/bin/python" -c "import importlib.util as u, sys; sys.exit(not u.find_spec('torch'))"; then
     echo "$active/bin/python"
   else
-    [ -x .venv/bin/python ] || { say "making .venv"; python3 -m venv .venv >&2; }
+    "$PWD/.venv/bin/python" -c "" 2>/dev/null || { say "making .venv"; python3 -m venv --clear .venv >&2; }
     echo "$PWD/.venv/bin/python"
   fi
 }
+
+has() { "$python" -c "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))" "$@"; }
+
+ours() { [ "$python" = "$PWD/.venv/bin/python" ]; }
+
+# ---- packages
+
+choose_installer() {
+  uv=
+  ours || return 0
+  if has uv || "$python" -m pip install -q uv 2>/dev/null; then uv=.venv/bin/uv
+  else say "uv cannot be had; pip takes longer"; fi
+}
+
+install() {      # of uv's words all but the list of packages
+  if [ -n "$uv" ]; then
+    (eval "$("$python" setup/uv_settings.py)"; "$uv" pip install --python "$python" "$@" 2>&1 | sed -u '/^ [-+~] /d' >&2)
+  else
+    "$python" -m pip install -q --disable-pip-version-check --root-user-action=ignore "$@" >&2
+  fi
+}
+
+install_packages() {
+  local skip='^ffcv'
+  ours || ! has torch torchvision || skip+='|^torch'      # keep the PyTorch that is there, and FAISS with GPUs
+  if "$python" -c "import faiss; faiss.StandardGpuResources" 2>/dev/null; then skip+='|^faiss'; fi
+  say "installing the Python packages (new ones are 2.5 GB to download, most of it CUDA for PyTorch)"
+  install -r <(grep -vE "$skip" requirements.txt)
+}
+
+# ---- FFCV
 
 have_headers() {
   "$python" -c 'import os, sysconfig; os.stat(sysconfig.get_paths()["include"] + "/Python.h")' 2>/dev/null \
@@ -44,27 +77,39 @@ install_headers() {      # what FFCV is compiled against
   say "FFCV needs headers of OpenCV (core, imgproc), TurboJPEG and Python, pkg-config and a C++ compiler:"
   say "  sudo apt-get install $system_packages"
   say "or, without root:  conda install -c conda-forge opencv libjpeg-turbo pkg-config cxx-compiler"
-  say "then run this again."
-  exit 1
+  return 1
 }
 
-install_packages() {
-  local skip='^$'
-  if "$python" -c "import torch, torchvision" 2>/dev/null; then skip='^torch'; fi      # keep the PyTorch that is there
-  if "$python" -c "import faiss; faiss.StandardGpuResources" 2>/dev/null; then skip+='|^faiss'; fi      # and FAISS with GPUs
-  say "installing the Python packages (PyTorch is large; this takes minutes)"
-  PKG_CONFIG_PATH=$pc${PKG_CONFIG_PATH:-} "$python" -m pip install -q --disable-pip-version-check \
-    --root-user-action=ignore -r <(grep -vE "$skip" requirements.txt) >&2
+install_ffcv() {
+  install_headers || return 1
+  say "compiling FFCV"
+  (export PKG_CONFIG_PATH=$pc${PKG_CONFIG_PATH:-}; install -r <(grep ^ffcv requirements.txt))
+}
+
+# ---- all of it
+
+set_up() {
+  local began=$SECONDS
+  choose_installer
+  install_packages
+  [ "${FFCV:-1}" = 0 ] || "$python" -c "import ffcv" 2>/dev/null || install_ffcv || true
+  "$python" -c "import torch, torchvision, faiss, MRL, mrl_images" || { say "the environment does not work"; exit 1; }
+  "$python" setup/installed.py >"$done_file"
+  say "$(dirname "$done_file") is ready, with $(sed -n 's/^torch /PyTorch /p' "$done_file")," \
+    "after $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s"
 }
 
 python=$(choose_python)
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { say "$python: Python 3.10 or later is needed"; exit 1; }
 stamp=$(cat requirements.txt setup.sh pyproject.toml | cksum | cut -d' ' -f1)
 done_file=$("$python" -c 'import sys; print(sys.prefix)')/.mrl-setup-$stamp
-if [ ! -e "$done_file" ] || ! "$python" -c "import ffcv, MRL, mrl_models, mrl_images" 2>/dev/null; then
-  "$python" -c "import ffcv" 2>/dev/null || install_headers
-  install_packages
-  "$python" -c "import torch, torchvision, ffcv, faiss, MRL, mrl_images" || { say "the environment does not work"; exit 1; }
-  touch "$done_file"
+now=$("$python" setup/installed.py)
+if [ ! -e "$done_file" ] || [ "$now" != "$(cat "$done_file")" ]; then
+  set_up
+elif [ "$0" = "${BASH_SOURCE[0]}" ] && [ "${FFCV:-1}" != 0 ] && grep -q '^ffcv -' "$done_file"; then
+  set_up      # ./setup.sh itself tries again what could not be built
+fi
+if grep -q '^ffcv -' "$done_file"; then
+  say "FFCV is not installed: training reads image folders but no .ffcv files (./setup.sh says what FFCV needs)"
 fi
 export PATH="$(dirname "$python"):$PATH"      # for scripts that source this one

@@ -6,8 +6,9 @@
 
 The file (half JPEGs, half raw pixels, as the README's) is made of the image folder, or of made-up pictures. Training
 runs on it once for each number of workers: images/s and waiting of the epochs after the first (which warms up), as
-median (min–max). Beside them FFCV alone; and train_step.py's two steps, the most that either could reach. Cores to wait
-less than 5 %: 0.95 * our step's rate / that of one decoding worker, if decoding grows in proportion to the cores.
+median (min–max). Beside them FFCV alone, and DataLoader alone on the image folder; and train_step.py's two steps, the
+most that either could reach. Cores to wait less than 5 %: 0.95 * our step's rate / that of one of FFCV's decoding
+workers, if decoding grows in proportion to the cores.
 """
 import argparse
 import json
@@ -63,7 +64,8 @@ def speed_and_waiting(records):
 
 
 def decode(path, args):
-    """-> {workers: images/s [epochs - 1]} of FFCV alone; the first epoch compiles."""
+    """-> {workers: images/s [epochs - 1]} of the loader of an .ffcv file or a folder alone; the first epoch
+    compiles."""
     rates = {}
     for workers in args.workers:
         loader = train_loader(path, args.batch_size, workers, 1, args.resolution, 0, "cpu")
@@ -86,11 +88,13 @@ def measure(folder, args):
     path = folder / "train.ffcv"
     write_file(images.resolve(), path, args.pixels)
     print(f"{path.stat().st_size / 1e6:.1f} MB, {args.classes} classes, longest side at most {args.pixels}", flush=True)
-    alone = decode(path, args)
-    print(f"\n{'workers':>8s}{'training, images/s':>28s}{'waiting, %':>24s}{'FFCV alone, images/s':>28s}")
+    alone, folder_alone = decode(path, args), decode(images.resolve(), args)
+    print(f"\n{'workers':>8s}{'training, images/s':>28s}{'waiting, %':>24s}{'FFCV alone, images/s':>28s}"
+          f"{'folder alone, images/s':>28s}")
     for workers in args.workers:
         speed, waiting = speed_and_waiting(train(path, workers, folder / "runs", args))
-        print(f"{workers:8d}{spread(speed, 4):>28s}{spread(100 * waiting, 4):>24s}{spread(alone[workers], 4):>28s}",
+        print(f"{workers:8d}{spread(speed, 4):>28s}{spread(100 * waiting, 4):>24s}{spread(alone[workers], 4):>28s}"
+              f"{spread(folder_alone[workers], 4):>28s}",
               flush=True)
     conclude(step_rates(args), alone, args)
 

@@ -3,10 +3,6 @@ classification.py and embeddings.py.
 """
 import hashlib
 import os
-import re
-import signal
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from mrl_files import InputError, describe_error
-from mrl_images import image_path, list_images, printable, read_rgb
+from mrl_files import InputError
+from mrl_images import describe_unreadable, image_path, leave_endings_to_the_first, list_images, read_rgb
 from mrl_models import MEAN, STD
 
 
@@ -60,19 +56,12 @@ class ImageSet(Dataset):
     def path(self, i):
         return image_path(self.folder, self.classes[self.labels[i]], self.files[i])
 
-    def why_unreadable(self, i):
-        try:
-            read_rgb(self.path(i))
-        except Exception as error:
-            return f"{printable(self.path(i))} ({describe_error(error)})"
-        return f"{printable(self.path(i))} (readable now)"
-
 
 def find_readable_rows(images, y, start, bad, skip_bad_images):
     """Rows of a batch whose files could be read: None for all. The others are added to `bad`, or stop the run."""
     if (y >= 0).all():
         return None
-    names = [images.why_unreadable(start + i) for i in (y < 0).nonzero()[:, 0].tolist()]
+    names = [describe_unreadable(images.path(start + i)) for i in (y < 0).nonzero()[:, 0].tolist()]
     if not skip_bad_images:
         raise InputError(f"{len(names)} unreadable image(s) in this batch: {', '.join(names[:3])}; "
                          "repair them, or pass --skip_bad_images")
@@ -96,28 +85,6 @@ def make_loader(images, batch_size, workers, pin_memory=False, batches=None):
     rows = [range(b * batch_size, min((b + 1) * batch_size, total)) for b in numbers]
     return DataLoader(images, batch_sampler=rows, num_workers=workers, pin_memory=pin_memory,
                       worker_init_fn=leave_endings_to_the_first)
-
-
-def leave_endings_to_the_first(_):
-    """Ctrl-C reaches every process, but only the main one acts on it and ends the workers; a worker would otherwise
-    print a traceback, from decoding or from the thread that hands over batches on a closed connection."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    report = sys.excepthook
-    sys.excepthook = lambda kind, *rest: None if issubclass(kind, (ConnectionError, EOFError)) else report(kind, *rest)
-
-
-@contextmanager
-def name_dead_workers():
-    """One line for a worker that the system ended; PyTorch says so wherever the first process then is, in a batch or
-    between two."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not re.search(r"DataLoader worker \(pid|unable to write to file </torch_", str(error)):
-            raise
-        raise InputError("a process that reads images was ended, most often because memory ran out "
-                         f"({describe_error(error)}): give fewer --workers or a smaller --batch_size; in a container "
-                         "more shared memory (docker: --shm-size), or --workers 0") from None
 
 
 def show_skipped(names):

@@ -17,10 +17,10 @@ import torch
 from classification import SAVED, classify
 from embeddings import DTYPES, embed
 from eval_sets import CLASSIFICATION, RETRIEVAL
-from image_set import name_dead_workers
 from processes import count_processes, start_device, warn
 
 from mrl_files import InputError, bounded, command_line, file_path, leave_group
+from mrl_images import name_dead_workers
 from mrl_models import check_nesting_list, find_weights
 
 positive = bounded(int, 1)
@@ -113,7 +113,7 @@ def main():
         device = start_device(args)
         warn_of_idle_flags(args)
         args.output = args.output or "."
-        with name_dead_workers():
+        with name_dead_workers("fewer --workers (or 0), or a smaller --batch_size"):
             (embed if args.retrieval else classify)(args, device)
     finally:
         leave_group()          # after an error too: over gloo nobody waits for the others

@@ -1,4 +1,5 @@
 """What several test files share: the repository's root, the golden numbers, and running a command as a user would."""
+import importlib.util
 import json
 import os
 import shutil
@@ -17,19 +18,27 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 # For commands in processes of their own; the exceptions are those of pyproject.toml.
 WARNINGS = ("error,ignore:The distutils package is deprecated:DeprecationWarning,"
-            "ignore:Implicitly cleaning up:ResourceWarning")
+            "ignore:This process:DeprecationWarning,ignore:Implicitly cleaning up:ResourceWarning")
 DISK = 4 << 30      # bytes; 2.3 GB were in use at most
+FFCV = importlib.util.find_spec("ffcv") is not None
+NEED_FFCV = ["test_ffcv_loader", "test_late_streams", "test_gpu_rehearsal", "test_write_imagenet"]
+collect_ignore = [] if FFCV else [f"{name}.py" for name in NEED_FFCV]
 
 
 # Begun first, the slowest of them first, so that `--dist loadfile` does not end with one of them alone.
 SLOW = ["test_resume", "test_train_commands", "test_benchmarks", "test_trainer", "test_gpu_rehearsal", "test_abuse",
-        "test_inference_commands", "test_analysis_notebooks", "test_write_imagenet", "test_retrieve", "test_loaders"]
+        "test_inference_commands", "test_analysis_notebooks", "test_write_imagenet", "test_retrieve",
+        "test_ffcv_loader", "test_loaders"]
 
 
 def pytest_configure(config):
     """A shell makes what it starts in the background deaf to Ctrl-C, and so what that starts: the tests send it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.option.loadscopereorder = False      # xdist would begin with the files that have the most tests
+
+
+def pytest_report_header():
+    return [] if FFCV else f"FFCV is not installed: left out are {', '.join(NEED_FFCV)}, and other tests are skipped"
 
 
 def pytest_collection_modifyitems(items):
@@ -112,6 +121,7 @@ def image_tree(tmp_path_factory):
 @pytest.fixture(scope="session")
 def ffcv_folder(image_tree, tmp_path_factory):
     """What write_imagenet.sh makes of `image_tree`: the two files that training reads."""
+    pytest.importorskip("ffcv")
     folder = tmp_path_factory.mktemp("ffcv")
     env = with_python(IMAGENET_DIR=str(image_tree), WRITE_DIR=str(folder), WORKERS="2")
     done = subprocess.run(["./write_imagenet.sh", "500", "0.50", "90"], cwd=ROOT / "train", env=env,

@@ -29,8 +29,8 @@ RECIPE = ("--training.optimizer=adamw --training.ema=0.9 --training.mixup=0.2 --
           "--lr.warmup_epochs=1").split()
 
 
-def command(ffcv, logs, name, *changes):
-    data = [f"--data.train_dataset={ffcv}", f"--data.val_dataset={ffcv}", f"--logging.folder={logs}"]
+def command(images, logs, name, *changes):
+    data = [f"--data.train_dataset={images}", f"--data.val_dataset={images}", f"--logging.folder={logs}"]
     return [sys.executable, "train_imagenet.py", *data, f"--logging.name={name}", *SETTINGS, *changes]
 
 
@@ -43,13 +43,19 @@ def finish(words):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def make_data(folder, n=24):
-    """A .ffcv file of n pictures."""
+def make_images(folder, n=24):
+    """Class folders of n pictures."""
     rng = np.random.default_rng(0)
     for i in range(n):
         path = folder / "images" / str(i % 2) / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+    return folder / "images"
+
+
+def make_data(folder, n=24):
+    """A .ffcv file of n pictures."""
+    make_images(folder, n)
     finish([sys.executable, "write_imagenet.py", "--cfg.split=train", "--cfg.max_resolution=40", "--cfg.num_workers=1",
             f"--cfg.data_dir={folder}/images", f"--cfg.write_path={folder}/data.ffcv", "--cfg.write_mode=raw"])
     return folder / "data.ffcv"

@@ -7,6 +7,8 @@ import math
 import re
 import time
 
+import pytest
+
 NUMBER = r"[-+.\d]+(?:e[-+]?\d+)?|nan|inf"
 
 
@@ -52,12 +54,13 @@ def test_train_step(run):
 
 
 def test_train_epoch(run):
+    pytest.importorskip("ffcv")
     done = run("benchmarks", "train_epoch.py --device cpu --arch resnet18 --batch_size 4 --resolution 32 --count 20 "
                              "--pixels 48 --epochs 2 --workers 1 --rounds 2 --repeat 1 --warmup 1",
                env={"PYTHONPATH": "../train"})
     (cells,) = rows(done.stdout, ["1 "])["1 "]
-    speed, waiting, alone = cells
-    plausible([speed, alone])
+    speed, waiting, alone, folder_alone = cells
+    plausible([speed, alone, folder_alone])
     plausible([waiting], positive=False)
     assert 0 <= waiting[0] <= 100
     for side in ("our", "plain"):

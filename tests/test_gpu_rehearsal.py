@@ -101,6 +101,7 @@ def alone(rehearsal):
     r, weights = rehearsal, f"{rehearsal.runs}/mrl/final_weights.pt"
     r.in_turn({
         **{run: r.train(run, *head) for run, head in HEADS.items()},
+        "folder": r.train("folder", *(f"--data.{split}_dataset={r.folder}/images" for split in ("train", "val"))),
         "compiled": r.train("compiled", "--training.compile=1", "--training.epochs=1"),
         "recipe": r.train("recipe", *kill_and_resume.RECIPE),
         "validated": r.train("validated", "--training.eval_only=1", f"--training.path={weights}"),
@@ -134,7 +135,7 @@ def torchruns(rehearsal, alone, spawned):
 
 # ---- training
 
-@pytest.mark.parametrize("run", HEADS)
+@pytest.mark.parametrize("run", [*HEADS, "folder"])
 def test_training(rehearsal, alone, run):
     """Two epochs at two resolutions, validated after each; fp16 with its scaler; weights that a CPU reads."""
     assert [(record["resolution"], record["val_images"], record["peak_memory_mb"]) for record in rehearsal.log(run)] \
@@ -214,7 +215,7 @@ def test_search_on_a_device(rehearsal, alone):
 
 @pytest.mark.parametrize("run, gpus, thread", [
     ("mrl", {0: 0}, "EpochIterator"), ("spawned", {0: 0, 1: 1}, "EpochIterator"),
-    ("resumed", {0: 0, 1: 1}, "EpochIterator"), ("shared", {0: 0, 1: 1}, "Thread"),
+    ("resumed", {0: 0, 1: 1}, "EpochIterator"), ("folder", {0: 0}, "Thread"), ("shared", {0: 0, 1: 1}, "Thread"),
     ("classified", {0: 1}, "Thread"), ("embedded", {0: 1}, "Thread")])
 def test_each_process_uses_its_own_gpu(rehearsal, alone, spawned, torchruns, run, gpus, thread):
     """In the thread of FFCV and in that which pins batches too: either begins on GPU 0. gpus: {rank: its GPU}."""

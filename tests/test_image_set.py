@@ -1,14 +1,13 @@
 """Images of any kind become (x, y) in their order; unreadable ones keep their place."""
-import signal
-import sys
-
 import numpy as np
 import pytest
 import torch
-from image_set import ImageSet, Preparation, leave_endings_to_the_first, make_loader
+from image_set import ImageSet, Preparation, make_loader
 from image_trees import SIZE, make_tree, write_image
 from PIL import Image
 from torchvision.datasets import ImageFolder
+
+from mrl_images import describe_unreadable
 
 PREPARATION = Preparation(SIZE, SIZE)
 
@@ -58,7 +57,7 @@ def test_unreadable_images_keep_their_place(tmp_path):
     (tmp_path / "a" / "a_1.JPEG").write_bytes(whole[:len(whole) // 2])
     images = opened(tmp_path, ["a", "b"])
     assert [images[i][1] for i in range(4)] == [0, -1, 1, 1]
-    assert "a_1.JPEG (" in images.why_unreadable(1)
+    assert "a_1.JPEG (" in describe_unreadable(images.path(1))
 
 
 def test_images_come_in_imagefolders_order(tmp_path):
@@ -91,14 +90,3 @@ def test_batches_by_number(tmp_path):
     images = opened(tmp_path, classes)
     assert [len(y) for _, y in make_loader(images, 3, 0)] == [3, 3, 2]
     assert [y.tolist() for _, y in make_loader(images, 3, 0, batches=[2, 0])] == [[5, 6], [0, 0, 1]]
-
-
-def test_a_worker_does_not_report_a_connection_that_the_first_process_left(monkeypatch):
-    """Stopped while a batch was handed over, one Ctrl-C in some hundreds left the traceback of a broken pipe."""
-    reported = []
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sys, "excepthook", lambda kind, *_: reported.append(kind))
-    leave_endings_to_the_first(0)
-    for kind in (BrokenPipeError, ConnectionResetError, EOFError, ValueError):
-        sys.excepthook(kind, kind(), None)
-    assert reported == [ValueError]

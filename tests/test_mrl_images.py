@@ -1,6 +1,8 @@
 """mrl_images: pixels of every kind of file, and which folders and files count."""
 import os
 import re
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from mrl_images import (
     class_folders,
     image_path,
     label_order,
+    leave_endings_to_the_first,
     list_images,
     printable,
     read_rgb,
@@ -112,3 +115,14 @@ def test_there_is_no_other_reader(folder):
     for script in (ROOT / folder).glob("*.py"):
         text = script.read_text(encoding="utf-8")
         assert not re.search(r"Image\.open|ImageFolder\(|IMG_EXTENSIONS|find_classes", text), script
+
+
+def test_a_worker_does_not_report_a_connection_that_the_first_process_left(monkeypatch):
+    """Stopped while a batch was handed over, one Ctrl-C in some hundreds left the traceback of a broken pipe."""
+    reported = []
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "excepthook", lambda kind, *_: reported.append(kind))
+    leave_endings_to_the_first(0)
+    for kind in (BrokenPipeError, ConnectionResetError, EOFError, ValueError):
+        sys.excepthook(kind, kind(), None)
+    assert reported == [ValueError]

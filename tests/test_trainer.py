@@ -18,13 +18,13 @@ import mrl_models
 
 def test_103_images_on_1_and_on_3_processes(tmp_path, run):
     """The same counts and the same loss, though 103 divides by neither 3 nor the batch."""
-    ffcv = kill_and_resume.make_data(tmp_path, 103)
+    images = kill_and_resume.make_images(tmp_path, 103)
     torch.manual_seed(0)
     model = mrl_models.build_model("resnet18", "mrl", num_classes=2, blurpool=False)
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     records = []
     for processes in (1, 3):
-        words = kill_and_resume.command(ffcv, tmp_path, f"on{processes}", "--training.eval_only=1",
+        words = kill_and_resume.command(images, tmp_path, f"on{processes}", "--training.eval_only=1",
                                         f"--training.path={tmp_path}/weights.pt", "--training.distributed=1",
                                         f"--dist.world_size={processes}", f"--dist.port={free_port()}",
                                         "--validation.batch_size=8")

@@ -4,7 +4,7 @@ import shutil
 import subprocess
 from types import SimpleNamespace
 
-import loaders
+import ffcv_loader
 import numpy as np
 import pytest
 import torch
@@ -12,7 +12,7 @@ import write_imagenet
 from conftest import ROOT, with_python
 from ffcv.fields.rgb_image import IMAGE_MODES
 from ffcv.reader import Reader
-from loaders import check_files
+from loaders import check_data
 from PIL import Image
 
 from mrl_files import InputError
@@ -67,10 +67,10 @@ def test_training_compares_the_classes_of_its_files(write, tmp_path):
             paint(tmp_path / folder / name / "0.png")
         write(data_dir=f"{tmp_path}/{folder}", write_path=f"{tmp_path}/{folder}.ffcv")
     with pytest.raises(InputError, match=r"there.ffcv has no class folder b"):
-        check_files(tmp_path / "here.ffcv", tmp_path / "there.ffcv", 3)
-    assert check_files(tmp_path / "here.ffcv", tmp_path / "here.ffcv", 3) == 3
+        check_data(tmp_path / "here.ffcv", tmp_path / "there.ffcv", 3)
+    assert check_data(tmp_path / "here.ffcv", tmp_path / "here.ffcv", 3) == 3
     (tmp_path / "there.ffcv.json").unlink()      # a file of the original
-    assert check_files(tmp_path / "here.ffcv", tmp_path / "there.ffcv", 3) == 3
+    assert check_data(tmp_path / "here.ffcv", tmp_path / "there.ffcv", 3) == 3
 
 
 def test_class_folders_that_are_numbers_are_the_labels(write, tmp_path):
@@ -90,8 +90,8 @@ def test_images_of_any_shape_are_written_and_read(write, tmp_path):
         paint(tmp_path / "images/a" / f"{i}.png", 10 * i, size)
     stored = write(data_dir=f"{tmp_path}/images")["f0"]
     assert list(zip(stored["width"], stored["height"], strict=True)) == [*sizes[:5], (64, 64), (1, 64)]
-    val = loaders.val_loader(tmp_path / "a.ffcv", 7, 1, 8, "cpu")
-    train = loaders.train_loader(tmp_path / "a.ffcv", 7, 1, 1, 8, 0, "cpu", indices=np.arange(7))
+    val = ffcv_loader.val_loader(tmp_path / "a.ffcv", 7, 1, 8, "cpu")
+    train = ffcv_loader.train_loader(tmp_path / "a.ffcv", 7, 1, 1, 8, 0, "cpu", indices=np.arange(7))
     for (images, _), in (val, train.epoch(0)):
         assert (images[..., 0] == 10 * torch.arange(7)[:, None, None]).all()
 

@@ -1,21 +1,18 @@
 """What happens to a training image: a random crop and a flip. The place to change augmentation.
 
 All random numbers of an image come from (seed, epoch, image index), so that a run sees the same pixels whatever its
-number of workers and processes, and after a restart. FFCV's own crop draws from a generator per thread, which cannot
-be seeded. Here each image of an epoch has a key of 64 bits, which loaders.py puts into the image's metadata;
-`uniform(key, draw, ...)` is its draw-th number. A new operation goes into `SeededCrop.generate_code`, with draws of its
-own above FLIP; what works on whole batches can also stand in `loaders.normalise`, on the device.
+number of workers and processes, and after a restart; from a folder and from an .ffcv file the boxes and the flips are
+the same. Each image of an epoch has a key of 64 bits; `uniform(key, draw, ...)` is its draw-th number. A new operation
+goes into `augment`, with draws of its own above FLIP; what works on whole batches can also stand in
+`loaders.normalise`, on the device.
 """
-import ffcv_repairs  # noqa: F401
 import numba
 import numpy as np
-from ffcv.fields.rgb_image import IMAGE_MODES, ResizedCropRGBImageDecoder
-from ffcv.libffcv import imdecode, resize_crop
-from ffcv.pipeline.compiler import Compiler
 
 SCALE, RATIO = 0.08, (3 / 4, 4 / 3)             # least area of a crop, the image's being 1; of its width to its height
 ATTEMPTS = 10                                   # to fit a crop into the image; each uses four draws of the key
 FLIP = 4 * ATTEMPTS                             # the number of the draw that decides on the flip
+VALIDATION_RATIO = 224 / 256                    # the centre crop's share of the shorter side
 
 
 def image_keys(seed, epoch, n):
@@ -63,6 +60,20 @@ def random_crop(key, height, width, scale=SCALE):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+def centre_crop(height, width, _, ratio):
+    """-> top, left, height, width of validation's crop, in FFCV's way, but never empty: of an image one pixel wide FFCV
+    takes nothing, and OpenCV aborts."""
+    side = max(1, int(ratio * min(height, width)))
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
+@numba.njit
+def augment(image, key, flip_below):
+    """What is done to a crop that has its final size, uint8 [R, R, 3], in place."""
+    if uniform(key, FLIP, 0.0, 1.0) < flip_below:
+        mirror(image)
+
+
 @numba.njit
 def mirror(image):
     """Flip an image [H, W, 3] left to right, in place."""
@@ -71,39 +82,3 @@ def mirror(image):
         for col in range(image.shape[1] // 2):
             for c in range(3):
                 image[row, col, c], image[row, last - col, c] = image[row, last - col, c], image[row, col, c]
-
-
-class SeededCrop(ResizedCropRGBImageDecoder):
-    """Random resized crop and flip of an image, drawn from the key in its metadata.
-
-    output_size: (height, width). scale: least share of the image's area. flip: mirror with chance 1/2.
-    """
-
-    ratio, get_crop_generator = RATIO, None      # asked for by the base class, unused here
-
-    def __init__(self, output_size, scale=SCALE, flip=True):
-        super().__init__(output_size)
-        self.scale, self.flip_below = float(scale), 0.5 if flip else 0.0
-
-    def generate_code(self):
-        scale, flip_below = self.scale, self.flip_below
-        read, jpg, images = self.memory_read, IMAGE_MODES["jpg"], Compiler.get_iterator()
-        decode_jpeg, resize = Compiler.compile(imdecode), Compiler.compile(resize_crop)
-
-        def decode(batch_indices, memory, metadata, storage_state):
-            batch, scratch = memory
-            for b in images(len(batch_indices)):
-                record = metadata[batch_indices[b]]
-                stored = read(record["data_ptr"], storage_state)
-                height, width = np.int64(record["height"]), np.int64(record["width"])
-                if record["mode"] == jpg:
-                    decode_jpeg(stored, scratch[b], height, width, height, width, 0, 0, 1, 1, False, False)
-                    stored = scratch[b][:height * width * 3]
-                top, left, h, w = random_crop(record["key"], height, width, scale)
-                resize(stored.reshape(height, width, 3), top, top + h, left, left + w, batch[b])
-                if uniform(record["key"], FLIP, 0.0, 1.0) < flip_below:
-                    mirror(batch[b])
-            return batch[:len(batch_indices)]
-
-        decode.is_parallel = True
-        return decode

@@ -1,77 +1,64 @@
-"""FFCV's files and loaders: a .ffcv file -> batches of (images uint8 [B, R, R, 3], labels int64 [B, 1]).
+"""A folder of class folders, or an .ffcv file -> batches of (images uint8 [B, R, R, 3], labels int64 [B, 1]).
 
-Crops and flips are those of augmentation.py: a run sees the same pixels whatever its number of workers and processes,
-and after a restart. The files are made by write_imagenet.py; `check_files` says whether they are complete and belong
-together. Used by train_imagenet.py and trainer.py.
+Folders are read by folder_loader.py with PyTorch's DataLoader, the files of write_imagenet.py by ffcv_loader.py, for
+which alone FFCV is imported. Both cut images as augmentation.py draws it. Used by train_imagenet.py and trainer.py.
 """
+import importlib
 import os
-from pathlib import Path
 
-import ffcv_repairs  # noqa: F401
+import folder_loader
 import numba
-import numpy as np
 import torch
-from augmentation import SeededCrop, image_keys
-from ffcv.fields import IntField, RGBImageField
-from ffcv.fields.basics import IntDecoder
-from ffcv.fields.rgb_image import IMAGE_MODES, CenterCropRGBImageDecoder
-from ffcv.loader import Loader, OrderOption
-from ffcv.loader.epoch_iterator import EpochIterator
-from ffcv.reader import Reader
-from ffcv.transforms import ToDevice, ToTensor
-from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, HeaderType
 
-from mrl_files import InputError, read_json
+from mrl_files import InputError, describe_error
 from mrl_images import check_same_classes
 from mrl_models import MEAN, STD
 
-VALIDATION_RATIO = 224 / 256           # the centre crop's share of the shorter side
+
+def reader_of(path):
+    """-> the module that reads a data set: train_loader, val_loader and inspect."""
+    if os.path.isdir(path):
+        return folder_loader
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file; give a folder of class folders, or an .ffcv file of write_imagenet.sh")
+    return import_ffcv("ffcv_loader", path)
 
 
-def train_loader(path, batch_size, num_workers, in_memory, resolution, seed, device, *, distributed=False, indices=None,
-                 **crop):
-    """Shuffled random crops, the last incomplete batch dropped. Iterate with `loader.epoch(e)`.
-
-    crop: scale and flip of SeededCrop. Order as in the original: random over all processes when distributed, else
-    quasi-random (reads pages in turn); with `indices`, those images in that order.
-    """
-    order = OrderOption.RANDOM if distributed else OrderOption.QUASI_RANDOM
-    decoder = SeededCrop((resolution, resolution), **crop)
-    return TrainLoader(str(path), batch_size, workers(num_workers), os_cache=bool(in_memory), seed=seed,
-                       order=order if indices is None else OrderOption.SEQUENTIAL, indices=indices,
-                       distributed=distributed, pipelines=pipelines(decoder, device))
+def import_ffcv(module, path):
+    """-> a module of ours that imports FFCV; InputError where FFCV is not installed, or does not start."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(f"{path}: .ffcv files need FFCV ({describe_error(error)}): ./setup.sh installs it, or says "
+                         "what it lacks. Training also reads the folder of images itself") from None
 
 
-def val_loader(path, batch_size, num_workers, resolution, device, rank=0, world_size=1, ratio=VALIDATION_RATIO):
-    """Centre crops in file order; process `rank` reads images rank, rank + world_size, ...: each image exactly once."""
-    mine = np.arange(Reader(str(path)).num_samples, dtype=np.uint64)[rank::world_size]
-    batch_size = min(batch_size, max(1, len(mine)))      # FFCV holds memory for whole batches
-    crop = CentreCrop((resolution, resolution), ratio)
-    return Loader(str(path), batch_size, workers(num_workers), os_cache=True, order=OrderOption.SEQUENTIAL,
-                  indices=mine, drop_last=False, pipelines=pipelines(crop, device))
+def train_loader(path, batch_size, num_workers, *args, **how):
+    """Shuffled random crops, the last incomplete batch dropped. Iterate with `loader.epoch(e)`."""
+    return reader_of(path).train_loader(path, batch_size, workers(num_workers), *args, **how)
 
 
-class CentreCrop(CenterCropRGBImageDecoder):
-    """FFCV's, but never empty: of an image one pixel wide FFCV takes nothing, and OpenCV aborts."""
-
-    @property
-    def get_crop_generator(self):
-        return centre_crop
+def val_loader(path, batch_size, num_workers, *args, **how):
+    """Centre crops; process `rank` reads images rank, rank + world_size, ...: each image exactly once. ratio: the
+    crop's share of the shorter side."""
+    return reader_of(path).val_loader(path, batch_size, workers(num_workers), *args, **how)
 
 
-def centre_crop(height, width, _, ratio):
-    side = max(1, int(ratio * min(height, width)))
-    return (height - side) // 2, (width - side) // 2, side, side
+def check_data(train, val, num_classes):
+    """-> number of training images, if both data sets are complete, with labels below num_classes, and made from the
+    same classes; InputError otherwise."""
+    (images, classes), (_, others) = (reader_of(path).inspect(path, num_classes) for path in (train, val))
+    if classes and others:
+        check_same_classes(train, classes, val, others)
+    return images
 
 
-def pipelines(image_decoder, device):
-    """The one place where FFCV's stages are put in order: compiled decoders, then ToTensor, then the copy to a GPU.
-
-    Normalisation is not among them: `normalise` does it on the device. A compiled operation after ToTensor would make
-    FFCV's planner loop for ever.
-    """
-    copy = [ToDevice(torch.device(device), non_blocking=True)] if torch.device(device).type != "cpu" else []
-    return {"image": [image_decoder, ToTensor(), *copy], "label": [IntDecoder(), ToTensor(), *copy]}
+def workers(asked):
+    """-> threads (of FFCV) or processes (of DataLoader) for decoding: 0 is one for each core, and there are no more."""
+    available = numba.config.NUMBA_NUM_THREADS
+    if asked > available and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"data.num_workers={asked}: this machine has {available} cores, using {available}")
+    return min(asked, available) if asked > 0 else available
 
 
 def pixel_statistics(device, mean=MEAN, std=STD):
@@ -80,112 +67,5 @@ def pixel_statistics(device, mean=MEAN, std=STD):
 
 
 def normalise(images, mean, std):
-    """FFCV's uint8 [B, R, R, 3] -> float32 [B, 3, R, R], channels last; mean, std: [3] in 0..255, on the device."""
+    """uint8 [B, R, R, 3] -> float32 [B, 3, R, R], channels last; mean, std: [3] in 0..255, on the device."""
     return (images.permute(0, 3, 1, 2).float() - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-
-
-def workers(asked):
-    """Threads for decoding; numba starts no more of them than the machine has cores."""
-    available = numba.config.NUMBA_NUM_THREADS
-    if asked > available and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"data.num_workers={asked}: this machine has {available} cores, using {available}")
-    return min(asked, available) if asked > 0 else available
-
-
-class TrainLoader(Loader):
-    """FFCV's loader with one more column in the image metadata: the key that an image's crop is drawn from."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        old = self.reader.metadata
-        image = np.dtype([*old.dtype["f0"].descr, ("key", "<u8")])
-        new = np.zeros(len(old), np.dtype([("f0", image), ("f1", old.dtype["f1"])]))
-        for name in old.dtype["f0"].names:
-            new["f0"][name] = old["f0"][name]
-        new["f1"] = old["f1"]
-        self.reader.metadata = new
-        self.pages = getattr(self.traversal_order, "page_to_samples_array", np.empty(0)).copy()
-
-    def epoch(self, epoch, first_batch=0):
-        """Iterator over the batches of an epoch, from `first_batch` on (where an interrupted run continues)."""
-        if self.pages.size:      # FFCV's quasi-random order shuffles its table in place; each epoch starts afresh
-            self.traversal_order.page_to_samples_array = self.pages.copy()
-        self.next_epoch = epoch
-        self.reader.metadata["f0"]["key"] = image_keys(self.seed, epoch, len(self.reader.metadata))
-        order = self.next_traversal_order()[first_batch * self.batch_size:len(self) * self.batch_size]
-        return EpochIterator(self, order)
-
-    def set_resolution(self, resolution):
-        self.pipeline_specs["image"].decoder.output_size = (resolution, resolution)
-
-
-# ------------------------------------------------------------------------------------------------ are the files right?
-
-def check_files(train, val, num_classes):
-    """-> number of training images, if both files are complete, with labels below num_classes, and made from the same
-    classes; InputError otherwise."""
-    images = check_file(train, num_classes)
-    train_classes, val_classes = read_classes(train, images), read_classes(val, check_file(val, num_classes))
-    if train_classes and val_classes:
-        check_same_classes(train, train_classes, val, val_classes)
-    return images
-
-
-def companion(path):
-    """-> where the names of a file's classes are kept."""
-    return Path(f"{path}.json")
-
-
-def read_classes(path, images):
-    """-> the names of the classes of a file of so many images; None where none are kept, as beside the original's."""
-    said = read_json(companion(path)) or {"n": images}
-    if said.get("n") != images:
-        raise InputError(f"{path}: has {images} images, but {companion(path).name} beside it says {said.get('n')}; "
-                         "remove the .json of another file, or run write_imagenet.sh again")
-    return said.get("classes")
-
-
-def check_file(path, num_classes):
-    """-> number of images of a complete .ffcv file with labels below num_classes; InputError otherwise."""
-    check_complete(Path(path))
-    reader = opened(path)
-    if not pixels_are_there(reader.metadata["f0"], reader.alloc_table, Path(path).stat().st_size):
-        raise InputError(f"{path}: damaged (images lie outside the file); run write_imagenet.sh again")
-    labels = reader.metadata["f1"]
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise InputError(f"{path}: labels run from {labels.min()} to {labels.max()}, model.num_classes={num_classes}")
-    return reader.num_samples
-
-
-def check_complete(path):
-    """FFCV writes the table of stored images last, one row for each: a file that lacks some of it was cut off."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; write_imagenet.sh makes it")
-    header = np.fromfile(path, HeaderType, count=1)
-    if not len(header) or header["version"][0] != CURRENT_VERSION:
-        raise InputError(f"{path}: not an .ffcv file; write_imagenet.sh makes one")
-    table, images = (int(header[field][0]) for field in ("alloc_table_ptr", "num_samples"))
-    if table == 0 or path.stat().st_size - table < images * ALLOC_TABLE_TYPE.itemsize:
-        raise InputError(f"{path}: truncated or not finished writing; run write_imagenet.sh again")
-
-
-def opened(path):
-    """-> FFCV's reader of a file of images and labels."""
-    try:
-        reader = Reader(str(path))
-        fields = {name: type(handler) for name, handler in reader.handlers.items()}
-    except Exception:                      # whatever FFCV makes of other bytes
-        raise InputError(f"{path}: damaged; run write_imagenet.sh again") from None
-    if fields != {"image": RGBImageField, "label": IntField} or not reader.num_samples:
-        raise InputError(f"{path}: has fields {list(fields)} and {reader.num_samples} images, "
-                         "expected an image and a label")
-    return reader
-
-
-def pixels_are_there(images, table, size):
-    """Does each image begin where the table says that one is stored, of its size if raw, and within the file?"""
-    table = table[np.argsort(table["ptr"])]
-    stored = table[np.searchsorted(table["ptr"], images["data_ptr"]).clip(max=len(table) - 1)]
-    pixels = 3 * images["height"].astype(np.uint64) * images["width"]
-    return ((stored["ptr"] == images["data_ptr"]) & (stored["ptr"] + stored["size"] <= size) & (pixels > 0)
-            & ((images["mode"] == IMAGE_MODES["jpg"]) | (stored["size"] == pixels))).all()

@@ -7,7 +7,8 @@
         --dist.world_size=2 --training.distributed=1 --lr.lr=0.425
 
 On ImageNet with two GPUs the paper reports top-1 of 66.63 % at 8 dimensions, 76.80 % at 2048 (Table 1).
-Reads the files of write_imagenet.sh; leaves a run folder (see checkpoint.py) under --logging.folder.
+Reads the files of write_imagenet.sh, or the folders that they are made of; leaves a run folder (see checkpoint.py)
+under --logging.folder.
 """
 import sys
 import time
@@ -19,15 +20,16 @@ import checkpoint
 import epoch_log
 import launch
 import schedules
-from augmentation import SCALE
+from augmentation import SCALE, VALIDATION_RATIO
 from fastargs import Config, Param, Section
 from fastargs.validation import And, InRange, OneOf
-from loaders import VALIDATION_RATIO, check_files, train_loader, val_loader
+from loaders import check_data, train_loader, val_loader
 from recipe import check_images, check_training, make_model, model_spec
 from settings import PATH, as_dict, read_flag, read_settings
 from trainer import Trainer
 
 from mrl_files import InputError, command_line, file_path, import_extra
+from mrl_images import name_dead_workers
 
 SWITCH = And(int, OneOf([0, 1]))
 COUNT = And(int, InRange(min=1))
@@ -53,11 +55,12 @@ Section("resolution", "progressive resizing", CONFIG).params(
     start_ramp=Param(EPOCH, "epoch", default=0),
     end_ramp=Param(EPOCH, "epoch", default=0),
 )
-Section("data", "files of write_imagenet.sh", CONFIG).params(
-    train_dataset=Param(PATH, ".ffcv file", required=True),
-    val_dataset=Param(PATH, ".ffcv file", required=True),
-    num_workers=Param(int, "decoding threads of each process", required=True),
-    in_memory=Param(SWITCH, "the training file fits in memory", required=True),
+Section("data", "folders of class folders, or the .ffcv files that write_imagenet.sh makes of them", CONFIG).params(
+    train_dataset=Param(PATH, "folder or .ffcv file", required=True),
+    val_dataset=Param(PATH, "folder or .ffcv file", required=True),
+    num_workers=Param(int, "what decodes for each process: threads, or processes of a folder; 0: one for each core",
+                      required=True),
+    in_memory=Param(SWITCH, "the .ffcv file for training fits in memory", default=1),
 )
 Section("lr", "learning rate: 1.7 * global batch / 4096 for ResNet50 and SGD", CONFIG).params(
     lr=Param(And(float, InRange(min=0)), "peak", default=0.5),
@@ -116,6 +119,7 @@ Section("dist", "processes started by this script; under torchrun its environmen
 )
 
 
+@name_dead_workers("fewer --data.num_workers or smaller batches")
 def worker(process, settings, spec, folder):
     """What every process does."""
     d, v = settings.data, settings.validation
@@ -171,11 +175,11 @@ def check_settings(settings, spec):
     schedules.check_schedules(settings)
     if (warning := check_training(settings.training, settings.lr)) and launch.is_first():
         print(warning, file=sys.stderr)
-    if settings.dist.world_size > 1 and not settings.data.in_memory:
+    if settings.dist.world_size > 1 and not settings.data.in_memory and Path(settings.data.train_dataset).is_file():
         raise InputError("--data.in_memory=0 with several processes: FFCV would hold nearly the whole file in each; "
                          "give 1: the file is mapped, and what does not fit in memory is read again")
     check_images(settings, spec)
-    images = check_files(settings.data.train_dataset, settings.data.val_dataset, spec["num_classes"])
+    images = check_data(settings.data.train_dataset, settings.data.val_dataset, spec["num_classes"])
     batch = settings.training.batch_size * settings.dist.world_size
     if images < batch:
         raise InputError(f"{settings.data.train_dataset}: {images} images are fewer than one batch "

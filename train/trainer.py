@@ -147,7 +147,7 @@ class Trainer:
         waiting = launch.gather(self.process, waiting)
         record = {"epoch": self.epoch, "train_time": time.time() - start, "images_per_second": speed,
                   "waiting_for_data": max(waiting), "waiting_most": waiting.index(max(waiting)),
-                  "resolution": loader.pipeline_specs["image"].decoder.output_size[0],
+                  "resolution": loader.resolution,
                   "current_lr": self.optimizer.param_groups[0]["lr"], **self.train_losses(len(loader))}
         if self.settings.logging.log_level or self.epoch + 1 == self.settings.training.epochs:
             record |= self.validate(val)

@@ -9,35 +9,21 @@ the numbers). Beside the file, a .json keeps the classes' names: training compar
 """
 import multiprocessing
 import os
-import signal
 import sys
-from contextlib import contextmanager
-from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
-import ffcv_repairs  # noqa: F401
 import numpy as np
 from fastargs import Config, Param, Section
 from fastargs.validation import And, InRange, OneOf
-from ffcv import writer as ffcv_writer
-from ffcv.fields import IntField, RGBImageField
-from ffcv.writer import MIN_PAGE_SIZE, DatasetWriter
-from loaders import companion
+from folder_loader import ClassFolders
+from loaders import import_ffcv
 from PIL import Image
 from settings import PATH, read_settings
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
 
 from mrl_files import InputError, command_line, describe_error, replacing, write_json
-from mrl_images import (
-    check_same_classes,
-    class_folders,
-    image_path,
-    label_order,
-    list_images,
-    printable,
-    read_rgb,
-)
+from mrl_images import check_same_classes, class_folders, printable
 
 CONFIG = Config()
 Section("cfg", "what to write", CONFIG).params(
@@ -53,26 +39,6 @@ Section("cfg", "what to write", CONFIG).params(
     subset=Param(int, "write only the first so many images; -1 is all", default=-1),
     compress_probability=Param(And(float, InRange(min=0, max=1)), "mode proportion: share of images stored as JPEG"),
 )
-
-
-class ClassFolders(Dataset):
-    """The images of class folders as (RGB image, label). classes: their names, in label order."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.classes = label_order(class_folders(folder), folder)
-        if not self.classes:
-            raise InputError(f"{folder}: holds no class folders")
-        self.files, self.labels = list_images(folder, self.classes)
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, index):
-        return read_rgb(self.path(index)), int(self.labels[index])
-
-    def path(self, index):
-        return image_path(self.folder, self.classes[self.labels[index]], self.files[index])
 
 
 def open_dataset(cfg):
@@ -119,74 +85,20 @@ class Readable(Dataset):
             return Image.new("RGB", (1, 1)), 0
 
 
-WORKERS = []      # FFCV's writer starts them and, if one fails, waits for ever: `supervised` looks after them
-
-
-class Worker(multiprocessing.Process):
-    def __init__(self, target, args):
-        super().__init__(target=target, args=args)
-        self.work = args[0]                 # the queue of images
-        WORKERS.append(self)
-
-    def run(self):
-        for signum in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_DFL)
-        try:
-            super().run()
-        except Exception as error:
-            sys.exit(f"writing failed: {error}")
-
-
-ffcv_writer.Process = Worker
-
-
-@contextmanager
-def supervised(writer, path):
-    """Ends FFCV's writing when one of its processes fails; whatever ends it, no process and no shared memory stays."""
-    def look(*_):
-        if any(worker.exitcode for worker in WORKERS):
-            raise InputError(f"{path} could not be written: a process failed or was killed; is disk or memory full?")
-
-    WORKERS.clear()
-    before = signal.signal(signal.SIGCHLD, look)
-    try:
-        yield
-    except BaseException:
-        signal.signal(signal.SIGCHLD, before)
-        for worker in WORKERS:
-            worker.work.cancel_join_thread()
-            worker.kill()
-        if isinstance(shared := getattr(writer, "metadata_sm", None), SharedMemory):
-            shared.close()
-            shared.unlink()
-        raise
-    finally:
-        signal.signal(signal.SIGCHLD, before)
-
-
-def page_size(max_resolution):
-    """A page must hold one raw image."""
-    return max(4 * MIN_PAGE_SIZE, 1 << (3 * max_resolution ** 2 - 1).bit_length())
-
-
 def write(cfg):
+    write_file = import_ffcv("ffcv_writer", cfg.write_path).write_file
+    companion = import_ffcv("ffcv_loader", cfg.write_path).companion(cfg.write_path)
     dataset = open_dataset(cfg)
     images = Readable(dataset, len(dataset) if cfg.subset < 0 else min(cfg.subset, len(dataset)), cfg.max_resolution)
     if not len(images):
         raise InputError("--cfg.subset=0: no image to write")
-    compress = {} if cfg.compress_probability is None else {"compress_probability": cfg.compress_probability}
-    image = RGBImageField(write_mode=cfg.write_mode, max_resolution=cfg.max_resolution,
-                          jpeg_quality=cfg.jpeg_quality, **compress)
     with replacing(cfg.write_path) as path:
-        writer = DatasetWriter(str(path), {"image": image, "label": IntField()}, num_workers=cfg.num_workers,
-                               page_size=page_size(cfg.max_resolution))
-        with supervised(writer, cfg.write_path):
-            writer.from_indexed_dataset(images, chunksize=cfg.chunk_size)
+        write_file(path, images, cfg)
         if images.unreadable.value:
             raise InputError(f"--cfg.data_dir={cfg.data_dir}: {images.unreadable.value} of {len(images)} images "
                              "cannot be read (named above); nothing written")
-        companion(cfg.write_path).unlink(missing_ok=True)      # it never describes another file
-    write_json(companion(cfg.write_path), {"classes": dataset.classes, "n": len(images), "split": cfg.split})
+        companion.unlink(missing_ok=True)      # it never describes another file
+    write_json(companion, {"classes": dataset.classes, "n": len(images), "split": cfg.split})
     print(f"wrote {cfg.write_path}: {len(images)} images, {os.path.getsize(cfg.write_path) / 1e6:.1f} MB")
 
 

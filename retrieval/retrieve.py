@@ -6,7 +6,7 @@
     python retrieve.py metrics                                                               # all lists of the data set
     python retrieve.py report                                          # all sizes, adaptive grid, funnels: report/
     python retrieve.py index   --retrieval_dim 16 --index hnsw32       # adaptive retrieval as one index, to serve from
-    python retrieve.py adanns                        # clusters at one size, search at another; product quantisers: report/
+    python retrieve.py adanns                        # clusters at one size, search at another, and codes: report/
     python retrieve.py qdrant  --url http://localhost:6333 --retrieval_dim 16 --rerank_dims 2048 --shortlists 200
 
 Reads {1K|V2|4K|<name>}_{train|val}_{model}-X.npy and -y.npy from --embeddings (train: the database, val: the queries;

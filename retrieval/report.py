@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from metrics import KS
 from stages import ensure_k_neighbors, ensure_reranked, ensure_served, find_truth, score
+from study import PROJECTIONS
 
 from mrl_files import InputError, replacing
 
@@ -26,6 +27,8 @@ METHODS = {"single-shot": ("C0", "o", 6), "adaptive": ("C1", "D", 4), "adaptive 
            "adaptive float16": ("C4", "D", 4), "adaptive sq8": ("C5", "D", 4), "funnel": ("C2", "*", 11)}
 DRAWN = 10                  # the k of the pictures' mAP
 MODEL_NAMES = {"mrl": "MRL", "mrl_e": "MRL-E", "ff": "FF"}
+MODEL_NAMES |= {f"{model}_{method}": f"{method.upper()} of {name}" for model, name in MODEL_NAMES.items()
+                for method in PROJECTIONS}
 LONG, SHORT = (800, 400, 200, 50, 10), (200, 100, 50, 25, 10)
 # The place of the first size among all sizes, and the lengths of the lists (tables 13 and 14).
 FUNNELS = {"4K": [(2, LONG), (3, LONG)], "others": [(0, LONG), (1, SHORT), (2, SHORT)]}

@@ -6,6 +6,7 @@
     python retrieve.py metrics                                                               # all lists of the data set
     python retrieve.py report                                          # all sizes, adaptive grid, funnels: report/
     python retrieve.py index   --retrieval_dim 16 --index hnsw32       # adaptive retrieval as one index, to serve from
+    python retrieve.py project --model ff --method svd                 # SVD or JL as arrays: then --model ff_svd
     python retrieve.py adanns                        # clusters at one size, search at another, and codes: report/
     python retrieve.py qdrant  --url http://localhost:6333 --retrieval_dim 16 --rerank_dims 2048 --shortlists 200
 
@@ -20,9 +21,10 @@ import pandas as pd
 from adanns import BYTES
 from indexes import INDEXES, STORES
 from metrics import KS
+from projection import project
 from report import choose_sizes, format_table, report, report_file, write_table
 from stages import ensure_asked, ensure_neighbors, ensure_reranked, ensure_serving_index, score, score_all
-from study import MODELS, Study, Task
+from study import MODELS, PROJECTIONS, Study, Task
 
 from mrl_files import bounded, command_line, file_path
 
@@ -107,6 +109,11 @@ def add_index(command):
     command.add_argument("--storage", default="float32", choices=STORES, help="(%(default)s)")
 
 
+def add_project(command):
+    command.add_argument("--method", required=True, choices=PROJECTIONS)
+    command.add_argument("--size", type=COUNT, help="default: the full width, whose prefixes are the smaller sizes")
+
+
 def add_adanns(command):
     command.add_argument("--sizes", type=COUNT, nargs="+", help="of clusters and of search (all)")
     command.add_argument("--nlist", type=COUNT, help="clusters (a power of two near 2 sqrt(n))")
@@ -165,6 +172,12 @@ def index_command(study, args):
     print(ensure_serving_index(study, args.retrieval_dim, args.rerank_dim, args.shortlist, args.storage)[0])
 
 
+def project_command(study, args):
+    """SVD or random projection of embeddings, as arrays beside them that all commands read"""
+    for file in project(study, args.method, args.size):
+        print(file)
+
+
 def adanns_command(study, args):
     """the study of AdANNS: clusters at one size, search at another; product quantisers"""
     table = adanns.run(study, args.sizes, args.nlist, args.nprobes, args.bytes)
@@ -180,6 +193,7 @@ def qdrant_command(study, args):
 COMMANDS = {"search": (search_command, add_search), "rerank": (rerank_command, add_rerank),
             "funnel": (funnel_command, add_funnel), "metrics": (metrics_command, add_metrics),
             "report": (report_command, add_report), "index": (index_command, add_index),
+            "project": (project_command, add_project),
             "adanns": (adanns_command, add_adanns), "qdrant": (qdrant_command, add_qdrant)}
 FIRST_STAGE = ("search", "rerank", "funnel", "report", "index")      # the commands that make an index, or its lists
 

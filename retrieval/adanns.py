@@ -31,6 +31,8 @@ PROBES, BYTES = (1, 2, 4, 8, 16, 32), (8, 16, 32, 64)
 NEAREST, RETRIEVED = 40, 2048          # of 40-recall@2048
 COLUMNS = ("model", "method", "d_c", "d_s", "nlist", "nprobe", "bytes", "mflops",
            "top1", "1-recall@1", "40-recall@2048")
+# MFLOPs, and top-1 (%) there of IVF-RR and AdANNS-IVF on ImageNet-1K: the authors' adanns/ablations/plots.ipynb.
+AUTHORS = (1.285263, 68.74, 70.13)
 CLUSTERED = Kind("IVF{nlist},Flat", zero=np.nan)
 QUANTISERS = {"PQ": Kind("PQ{m}np"), "OPQ": Kind("OPQ{m},PQ{m}np")}
 
@@ -75,10 +77,8 @@ def count_ivf_mflops(n, d_c, d_s, nlist, nprobe):
 
 def measure(study, sizes, nlist, probes, code_bytes):
     """-> the rows of one model's indexes; those that its JSON has for these embeddings are not made again."""
-    datas = {d: study.data(d) for d in sizes}
-    check_same_images(study, datas)
     jobs, file = list_jobs(study, sizes, nlist, probes, code_bytes), report_file(study.task, "adanns.json")
-    record = {"embeddings": list({str(data.files): data.record for data in datas.values()}.values())}
+    record = {"embeddings": [data.record for data in {data.files: data for data in map(study.data, sizes)}.values()]}
     done = read_json(file)["rows"] if json_contains(file, record) else {}
     todo = [name for name in jobs if name not in done]
     for name in (bar := tqdm(todo, desc=MODEL_NAMES[study.task.model], unit="index", delay=2, leave=False)):
@@ -86,15 +86,6 @@ def measure(study, sizes, nlist, probes, code_bytes):
         done[name] = jobs[name]()
         write_json(file, record | {"rows": done})
     return [{"model": study.task.model} | row for name in jobs for row in done[name]]
-
-
-def check_same_images(study, datas):
-    """Clusters of one array are searched in another: FF's sizes are files of their own."""
-    first, *others = datas.values()
-    for other in others:
-        for mine, its in zip(study.labels(first), study.labels(other), strict=True):
-            if not np.array_equal(mine, its):
-                raise InputError(f"{other.files[0]}: other images than those of {first.files[0].name}")
 
 
 def list_jobs(study, sizes, nlist, probes, code_bytes):
@@ -171,9 +162,9 @@ def run(study, sizes=None, nlist=None, probes=None, code_bytes=BYTES):
     if n < 256 and code_bytes:
         raise InputError(f"product quantisers need 256 vectors, the database has {n}; --bytes with nothing after it "
                          "leaves them out")
-    rows = measure(study, sizes, nlist, probes, code_bytes)
-    for rigid in find_rigid(study):
-        rows += measure(rigid, [d for d in rigid.sizes if d in sizes], nlist, probes, code_bytes)
+    parts = [(study, sizes), *find_rigid(study, sizes)]
+    check_same_images(study, [each.data(d) for each, its_sizes in parts for d in its_sizes])
+    rows = [row for each, its_sizes in parts for row in measure(each, its_sizes, nlist, probes, code_bytes)]
     table = add_paper(pd.DataFrame(rows, columns=COLUMNS), study)
     with replacing(report_file(study.task, "adanns.md")) as temporary:
         temporary.write_text(format_study(table, study), encoding="utf-8")
@@ -182,15 +173,27 @@ def run(study, sizes=None, nlist=None, probes=None, code_bytes=BYTES):
     return table
 
 
-def find_rigid(study):
-    """-> [the same study on fixed features], where there are any beside other embeddings."""
+def find_rigid(study, sizes):
+    """-> [(the same study on fixed features, those of the sizes that it has)], where there are any beside others."""
     if study.task.model == "ff":
         return []
     try:
-        return [Study(study.task._replace(model="ff"))]
+        rigid = Study(study.task._replace(model="ff"))
+        if common := [d for d in rigid.sizes if d in sizes]:
+            return [(rigid, common)]
+        print(f"note: the rigid representations have the sizes {rigid.sizes}, none of {sizes}", file=sys.stderr)
     except InputError as error:
         print(f"note: no rigid representations to compare with: {error}", file=sys.stderr)
-        return []
+    return []
+
+
+def check_same_images(study, datas):
+    """Clusters of one file are searched in another: FF's sizes are files of their own."""
+    first, *others = datas
+    for other in others:
+        for mine, its in zip(study.labels(first), study.labels(other), strict=True):
+            if not np.array_equal(mine, its):
+                raise InputError(f"{other.files[0]}: other images than those of {first.files[0].name}")
 
 
 def add_paper(table, study):
@@ -211,9 +214,11 @@ def format_study(table, study):
     """-> Markdown: what is best at each cost, and the product quantisers by size and bytes. Accuracies in per cent."""
     percent = [c for c in table.columns if c == "top1" or "recall" in c or c == "paper_top1"]
     table = table.assign(**{c: 100 * table[c] for c in percent}, model=table.model.map(MODEL_NAMES))
-    codes = table[table.bytes.notna()].pivot_table("top1", ["model", "method", "bytes"], "d_s").reset_index()
-    return (f"# {study.task.dataset}: AdANNS\n\n## Better than all that is cheaper\n\n{to_markdown(choose_best(table))}"
-            f"\n## Top-1 of product quantisers by representation size\n\n{to_markdown(codes)}")
+    text = f"# {study.task.dataset}: AdANNS\n\n## Better than all that is cheaper\n\n{to_markdown(choose_best(table))}"
+    if table.bytes.isna().all():
+        return text
+    codes = table.pivot_table("top1", ["model", "method", "bytes"], "d_s").reset_index()
+    return f"{text}\n## Top-1 of product quantisers by representation size\n\n{to_markdown(codes)}"
 
 
 def to_markdown(table):
@@ -236,6 +241,7 @@ def draw_compute(table, study):
         left.plot(rows.mflops, 100 * rows.top1, ".", color=colors[method], alpha=0.2)
         rows = best[(best.model == model) & (best.method == method)]
         draw_line(left, rows.mflops, rows.top1, model, method, colors[method])
+    draw_paper(left, table, study.task)
     scale_costs(left)
     left.set(xlabel="MFLOPs per query", ylabel="top-1 (%)")
     codes = table[table.bytes.notna()].astype({"bytes": int})
@@ -250,6 +256,14 @@ def draw_compute(table, study):
     widen(left)
     figure.suptitle(f"{study.task.dataset}: lines are the best at each cost, dots are all")
     return figure
+
+
+def draw_paper(axes, table, task):
+    theirs = table.dropna(subset="paper_top1")
+    if len(theirs):
+        axes.plot(theirs.mflops, 100 * theirs.paper_top1, "x", color="gray", label="exact, the MRL paper's")
+    if len(theirs) and task.dataset == "1K":
+        axes.plot([AUTHORS[0]] * 2, AUTHORS[1:], "*", color="gray", label="IVF-RR and AdANNS-IVF, its authors'")
 
 
 def draw_recall(table, study):

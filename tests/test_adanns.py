@@ -139,6 +139,18 @@ def test_other_embeddings_are_measured_anew(study, tmp_path):
     assert [row["top1"] for row in measure(Study(task), [4, 16], 16, [], [])] != table.top1[:2].tolist()
 
 
+def test_the_papers_figures_stand_beside_imagenets(tmp_path):
+    rng, y = np.random.default_rng(0), np.arange(1000)
+    retrieval_world.write(tmp_path, (rng.random((1000, 8), np.float32), y, rng.random((9, 8), np.float32), y[:9]))
+    study = Study(Task(str(tmp_path), str(tmp_path / "out")))
+    rows = pd.DataFrame(measure(study, [8], 4, [1], []), columns=adanns.COLUMNS)
+    table = adanns.add_paper(rows, study)
+    assert table.paper_top1.tolist()[0] == 0.6219 and table.paper_top1.isna().tolist() == [False, True]
+    assert "| MRL | exact |  | 8 |  |  | 0.008 | 0 | 100 | 100 | 62.19 |\n" in adanns.format_study(table, study)
+    names = [text.get_text() for text in adanns.draw_compute(table, study).axes[0].get_legend().get_texts()]
+    assert names[-2:] == ["exact, the MRL paper's", "IVF-RR and AdANNS-IVF, its authors'"]
+
+
 @pytest.mark.parametrize("flags, complaint", [
     ({"sizes": [4, 32]}, "size 32 is past them"), ({"nlist": 601}, "nlist=601 is not between 1 and the 600 vectors"),
     ({"probes": [1, 17]}, "nprobe=17 is not between 1 and the 16 clusters")])
@@ -153,9 +165,11 @@ def test_too_few_vectors_and_other_images(tmp_path, capsys):
     retrieval_world.write(tmp_path, (xb, yb, xq, yq), nesting_list=[4, 8])
     with pytest.raises(InputError, match="need 256 vectors, the database has 200; --bytes"):
         run(Study(task))
-    run(Study(task), nlist=4, code_bytes=[])
+    assert adanns.find_rigid(Study(task), [4]) == []
     assert "note: no rigid representations to compare with" in capsys.readouterr().err
     retrieval_world.write(tmp_path, (xb[:, :4], yb, xq[:, :4], yq), model="mrl0_e0")
+    assert adanns.find_rigid(Study(task), [8]) == []
+    assert "note: the rigid representations have the sizes [4], none of [8]" in capsys.readouterr().err
     retrieval_world.write(tmp_path, (xb, yb[::-1], xq, yq), model="mrl0_e0")
     with pytest.raises(InputError, match=r"mrl0_e0_ff8-X.npy: other images than those of 1K_train_mrl0_e0_ff4-X.npy"):
         run(Study(task._replace(model="ff")), nlist=4, code_bytes=[])

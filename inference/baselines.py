@@ -7,7 +7,8 @@
     python baselines.py ncm --model mrl1_e0_ff2048 --dataset V2
                                                               few-shot nearest class mean                      Table 15
 
-1-nearest-neighbour accuracy (Table 2) is the column `top1` of retrieval's exact search: `retrieve.py report`.
+1-nearest-neighbour accuracy (Table 2) is the column `top1` of retrieval's exact search: `retrieve.py report`. Table 2's
+SVD and random projection of features: `retrieve.py project`.
 Reads the arrays of `pytorch_inference.py --retrieval` in --arrays (database: train, queries: val). Writes
 `{command}_dataset={dataset}_model={model}.json`: sizes, top1 (fractions), settings.
 """

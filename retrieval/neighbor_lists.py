@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from indexes import STORES
 from records import has_record, record_file, replacing_with_record
 from tqdm import tqdm
 
@@ -26,6 +27,7 @@ class Recipe(NamedTuple):
     k: int
     rerank_dims: tuple = ()
     shortlists: tuple = ()
+    storage: str | None = None    # of the serving index that made it, a row of indexes.STORES; None: no such index
 
     @property
     def method(self):
@@ -44,18 +46,19 @@ class Recipe(NamedTuple):
 
 NAMES = (r"(?P<index>[a-z0-9]+(?:_sq8|_pq)?)_(?P<retrieval_dim>\d+)dim_(?P<k>\d+)shortlist_(?P<dataset>.+)",
          r"(?P<retrieval_dim>\d+)dim-reranked(?P<rerank_dims>\d+)_(?P<shortlists>\d+)shortlist"
-         r"_(?P<dataset>.+?)_(?P<index>[a-z0-9]+(?:_sq8|_pq)?)",
+         rf"(?:_(?P<storage>{'|'.join(STORES)}))?_(?P<dataset>.+?)_(?P<index>[a-z0-9]+(?:_sq8|_pq)?)",
          r"(?P<retrieval_dim>\d+)dim-cascade\[(?P<rerank_dims>[\d, ]+)\]_shortlist\[(?P<shortlists>[\d, ]+)\]"
          r"_(?P<dataset>.+?)_(?P<index>[a-z0-9]+(?:_sq8|_pq)?)")
 
 
 def list_file(folder, recipe, dataset, model, ending=".npy"):
     """-> the path of a list, under the original's name (without its spaces)."""
-    index, dim, k, rerank_dims, shortlists = recipe
+    index, dim, k, rerank_dims, shortlists, storage = recipe
     if not rerank_dims:
         name = f"{model}/{index}_{dim}dim_{k}shortlist_{dataset}"
     elif len(rerank_dims) == 1:
-        name = f"reranked/{model}/{dim}dim-reranked{rerank_dims[0]}_{shortlists[0]}shortlist_{dataset}_{index}"
+        kept = f"{shortlists[0]}shortlist" + (f"_{storage}" if storage else "")
+        name = f"reranked/{model}/{dim}dim-reranked{rerank_dims[0]}_{kept}_{dataset}_{index}"
     else:
         dims, lengths = ",".join(map(str, rerank_dims)), ",".join(map(str, shortlists))
         name = f"funnel_retrieval/{model}/{dim}dim-cascade[{dims}]_shortlist[{lengths}]_{dataset}_{index}"
@@ -70,7 +73,8 @@ def parse_list_file(path):
             stages = [tuple(int(d) for d in found.get(key, "").replace(",", " ").split())
                       for key in ("rerank_dims", "shortlists")]
             k = int(found.get("k") or stages[1][0])
-            return Recipe(found["index"], int(found["retrieval_dim"]), k, *stages), found["dataset"]
+            recipe = Recipe(found["index"], int(found["retrieval_dim"]), k, *stages, found.get("storage"))
+            return recipe, found["dataset"]
     return None
 
 
@@ -82,7 +86,8 @@ def list_files(folder, dataset, model, wanted=lambda path, recipe: True):
             recipe, its_dataset = parse_list_file(path) or (None, None)
             if its_dataset == dataset and recipe not in found.values() and wanted(path, recipe):
                 found[path] = recipe
-    return dict(sorted(found.items(), key=lambda item: (min(len(item[1].rerank_dims), 2), item[1])))
+    return dict(sorted(found.items(), key=lambda item: (min(len(item[1].rerank_dims), 2), item[1].storage or "",
+                                                        item[1])))
 
 
 def read_list(path, n, q):

@@ -5,7 +5,7 @@
 Reads embeddings through stages.py, which keeps every list it makes, so that an interrupted report goes on. Beside
 ImageNet-1K and -4K results stand the paper's own (paper_curves.csv: tables 2, 8, 10-14 and figure 8).
 """
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from metrics import KS
-from stages import ensure_k_neighbors, ensure_reranked, find_truth, score
+from stages import ensure_k_neighbors, ensure_reranked, ensure_served, find_truth, score
+from study import PROJECTIONS
 
 from mrl_files import InputError, replacing
 
@@ -22,23 +23,27 @@ IMAGENET_CLASSES = {"1K": 1000, "4K": 4202}
 STYLES = [{"linestyle": "-", "marker": "o"}, {"linestyle": "--", "marker": "o", "fillstyle": "none"},
           {"linestyle": ":", "marker": "o", "fillstyle": "right"}, {"linestyle": "-.", "marker": "s"},
           {"linestyle": (0, (5, 1)), "marker": "s", "fillstyle": "none"}]                # one for each index
-METHODS = {"single-shot": ("C0", "o", 6), "adaptive": ("C1", "D", 4), "funnel": ("C2", "*", 11)}
+METHODS = {"single-shot": ("C0", "o", 6), "adaptive": ("C1", "D", 4), "adaptive float32": ("C3", "D", 4),
+           "adaptive float16": ("C4", "D", 4), "adaptive sq8": ("C5", "D", 4), "funnel": ("C2", "*", 11)}
 DRAWN = 10                  # the k of the pictures' mAP
 MODEL_NAMES = {"mrl": "MRL", "mrl_e": "MRL-E", "ff": "FF"}
+MODEL_NAMES |= {f"{model}_{method}": f"{method.upper()} of {name}" for model, name in MODEL_NAMES.items()
+                for method in PROJECTIONS}
 LONG, SHORT = (800, 400, 200, 50, 10), (200, 100, 50, 25, 10)
 # The place of the first size among all sizes, and the lengths of the lists (tables 13 and 14).
 FUNNELS = {"4K": [(2, LONG), (3, LONG)], "others": [(0, LONG), (1, SHORT), (2, SHORT)]}
 
 
-def report(study, indexes=("exactl2",), sizes=None, shortlist=200, ks=KS):
+def report(study, indexes=("exactl2",), sizes=None, shortlist=200, ks=KS, storages=()):
     """-> a table, one row for each way of retrieving; also written, with its pictures, to <output>/report/.
 
     sizes: None is all that inference noted. shortlist: of the adaptive grid. ks: of the metrics; 10 is always there.
+    storages: the grid once more, by serving indexes that store so what they re-rank (rows of indexes.STORES).
     """
     ks = sorted({DRAWN, *ks})
     truth = ensure_truth(study)
     rows = [score(of_index, file, ks, truth) for of_index in map(study.with_index, indexes)
-            for file in ensure_lists(of_index, sizes, shortlist, ks)]
+            for file in ensure_lists(of_index, sizes, shortlist, ks, storages)]
     table, paper, task = pd.DataFrame(rows), select_paper(study), study.task
     write_table(table, report_file(task, "report.csv"))
     save(draw_sizes(table, paper, task), report_file(task, "size.png"))
@@ -66,7 +71,7 @@ def ensure_truth(study):
     return find_truth(study)
 
 
-def ensure_lists(study, sizes, shortlist, ks):
+def ensure_lists(study, sizes, shortlist, ks, storages):
     """Yield the files of all lists of the study."""
     n = len(study.data(min(sizes or study.sizes)).xb)
     if n < DRAWN:
@@ -79,6 +84,8 @@ def ensure_lists(study, sizes, shortlist, ks):
     if study.task.model != "ff":
         for stages in list_stages(sizes, study.task.dataset, shortlist, n):
             yield ensure_reranked(study, *stages)
+        for storage, (small, large) in product(storages, combinations(sizes, 2)):
+            yield ensure_served(study, small, large, shortlist, storage)
 
 
 def choose_sizes(study, sizes=None):

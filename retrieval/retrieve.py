@@ -6,6 +6,8 @@
     python retrieve.py metrics                                                               # all lists of the data set
     python retrieve.py report                                          # all sizes, adaptive grid, funnels: report/
     python retrieve.py index   --retrieval_dim 16 --index hnsw32       # adaptive retrieval as one index, to serve from
+    python retrieve.py project --model ff --method svd                 # SVD or JL as arrays: then --model ff_svd
+    python retrieve.py adanns                        # clusters at one size, search at another, and codes: report/
     python retrieve.py qdrant  --url http://localhost:6333 --retrieval_dim 16 --rerank_dims 2048 --shortlists 200
 
 Reads {1K|V2|4K|<name>}_{train|val}_{model}-X.npy and -y.npy from --embeddings (train: the database, val: the queries;
@@ -14,14 +16,17 @@ stopped. The notebooks call the same functions (stages.py).
 """
 import argparse
 
+import adanns
 import pandas as pd
+from adanns import BYTES
 from indexes import INDEXES, STORES
 from metrics import KS
+from projection import project
 from report import choose_sizes, format_table, report, report_file, write_table
 from stages import ensure_asked, ensure_neighbors, ensure_reranked, ensure_serving_index, score, score_all
-from study import MODELS, Study, Task
+from study import MODELS, PROJECTIONS, Study, Task
 
-from mrl_files import InputError, bounded, command_line, file_path
+from mrl_files import bounded, command_line, file_path
 
 COUNT = bounded(int, 1)
 
@@ -32,12 +37,14 @@ def arguments():
     for name, (run, add) in COMMANDS.items():
         command = commands.add_parser(name, help=run.__doc__.splitlines()[0])
         command.set_defaults(run=run)
-        add_common(command, several_indexes=name == "report")
+        add_common(command)
         add(command)
+        if name in FIRST_STAGE:
+            add_first_stage(command, several_indexes=name == "report")
     return parser
 
 
-def add_common(command, several_indexes):
+def add_common(command):
     default = Task()
     add = command.add_argument
     add("--embeddings", type=file_path, default=default.embeddings,
@@ -46,14 +53,16 @@ def add_common(command, several_indexes):
         help="folder for index_files/, neighbors/, report/ (this one)")
     add("--dataset", default=default.dataset, help="1K, V2, 4K or another name that the files begin with (%(default)s)")
     add("--model", default=default.model, choices=MODELS, help="(%(default)s)")
-    add("--index", default=[default.index] if several_indexes else default.index, choices=INDEXES,
-        nargs="+" if several_indexes else None, help="of the first stage (%(default)s)")
     add("--csv", action="store_true", help="lists as header-less CSV, the original's format, not .npy")
     add("--memory_gb", type=float, default=default.memory_gb,
         help="of vectors held at once; a larger exact search reads the file in blocks (%(default)s)")
     add("--device", default=default.device, choices=("auto", "cpu", "cuda"), help="for exact search (%(default)s)")
 
 
+def add_first_stage(command, several_indexes):
+    add, default = command.add_argument, Task().index
+    add("--index", default=[default] if several_indexes else default, choices=INDEXES,
+        nargs="+" if several_indexes else None, help="of the first stage (%(default)s)")
     add("--nlist", type=COUNT, help="ivf_*: clusters of the database (a power of two near 2 sqrt(n))")
     add("--nprobe", type=COUNT, help="ivf_*: clusters that a search visits (a 32nd of them, 16 at least)")
 
@@ -89,6 +98,8 @@ def add_metrics(command):
 def add_report(command):
     command.add_argument("--sizes", type=COUNT, nargs="+", help="default: all")
     command.add_argument("--shortlist", type=COUNT, default=200, help="of the adaptive grid (%(default)s)")
+    command.add_argument("--storage", nargs="+", default=(), choices=STORES,
+                         help="the adaptive grid once more, by serving indexes that store so what they re-rank")
 
 
 def add_index(command):
@@ -96,6 +107,19 @@ def add_index(command):
     command.add_argument("--rerank_dim", type=COUNT, help="default: the full width")
     command.add_argument("--shortlist", type=COUNT, default=200, help="candidates re-ranked for k = 10 (%(default)s)")
     command.add_argument("--storage", default="float32", choices=STORES, help="(%(default)s)")
+
+
+def add_project(command):
+    command.add_argument("--method", required=True, choices=PROJECTIONS)
+    command.add_argument("--size", type=COUNT, help="default: the full width, whose prefixes are the smaller sizes")
+
+
+def add_adanns(command):
+    command.add_argument("--sizes", type=COUNT, nargs="+", help="of clusters and of search (all)")
+    command.add_argument("--nlist", type=COUNT, help="clusters (a power of two near 2 sqrt(n))")
+    command.add_argument("--nprobes", type=COUNT, nargs="+",
+                         help="clusters that a search visits, one after another (1 2 4 8 16 32)")
+    command.add_argument("--bytes", type=COUNT, nargs="*", default=BYTES, help="of product quantisers (8 16 32 64)")
 
 
 def add_qdrant(command):
@@ -140,7 +164,7 @@ def metrics_command(study, args):
 
 def report_command(study, args):
     """the paper's study: all sizes, the adaptive grid, the funnels; tables and pictures"""
-    print(format_table(report(study, args.index, args.sizes, args.shortlist)))
+    print(format_table(report(study, args.index, args.sizes, args.shortlist, storages=args.storage)))
 
 
 def index_command(study, args):
@@ -148,10 +172,20 @@ def index_command(study, args):
     print(ensure_serving_index(study, args.retrieval_dim, args.rerank_dim, args.shortlist, args.storage)[0])
 
 
+def project_command(study, args):
+    """SVD or random projection of embeddings, as arrays beside them that all commands read"""
+    for file in project(study, args.method, args.size):
+        print(file)
+
+
+def adanns_command(study, args):
+    """the study of AdANNS: clusters at one size, search at another; product quantisers"""
+    table = adanns.run(study, args.sizes, args.nlist, args.nprobes, args.bytes)
+    print(adanns.format_study(table, study))
+
+
 def qdrant_command(study, args):
     """embeddings uploaded to Qdrant, and adaptive or funnel retrieval by it"""
-    if args.index != Task().index:
-        raise InputError(f"--index {args.index}: Qdrant has a graph of its own; leave the flag out")
     print(ensure_asked(study, args.retrieval_dim, args.rerank_dims, args.shortlists, args.url, args.path,
                        args.collection, args.sizes, shards=args.shards, replicas=args.replicas))
 
@@ -159,14 +193,17 @@ def qdrant_command(study, args):
 COMMANDS = {"search": (search_command, add_search), "rerank": (rerank_command, add_rerank),
             "funnel": (funnel_command, add_funnel), "metrics": (metrics_command, add_metrics),
             "report": (report_command, add_report), "index": (index_command, add_index),
-            "qdrant": (qdrant_command, add_qdrant)}
+            "project": (project_command, add_project),
+            "adanns": (adanns_command, add_adanns), "qdrant": (qdrant_command, add_qdrant)}
+FIRST_STAGE = ("search", "rerank", "funnel", "report", "index")      # the commands that make an index, or its lists
 
 
 def main():
     args = arguments().parse_args()
-    task = Task(**{name: getattr(args, name) for name in Task._fields if name != "index"},
-                index=args.index if isinstance(args.index, str) else args.index[0])
-    args.run(Study(task), args)
+    given = {name: value for name, value in vars(args).items() if name in Task._fields}
+    if args.command == "report":
+        given["index"] = args.index[0]
+    args.run(Study(Task(**given)), args)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,19 @@ def ensure_reranked(study, retrieval_dim, rerank_dims, shortlists, k=None):
                        prepare, max(1, RERANK_CANDIDATES // shortlists[0]), source)
 
 
+def ensure_served(study, retrieval_dim, rerank_dim, shortlist, storage):
+    """-> the file of the list that one FAISS index gives, with what it re-ranks stored as `storage`: see serving.py."""
+    check_stages(study.task, (rerank_dim,), (shortlist,))
+    data = study.data(max(retrieval_dim, rerank_dim))
+
+    def prepare():
+        _, index = ensure_serving_index(study, retrieval_dim, rerank_dim, shortlist, storage)
+        return lambda lo, hi: serving.adaptive_search(index, data.xq[lo:hi], shortlist, shortlist)[1]
+
+    recipe = Recipe(study.task.index, retrieval_dim, shortlist, (rerank_dim,), (shortlist,), storage)
+    return ensure_list(study.task, data, recipe, prepare, SEARCH_QUERIES)
+
+
 def ensure_asked(study, retrieval_dim, rerank_dims, shortlists, url=None, path=None, name=None, sizes=None, **copies):
     """-> the file of the list that Qdrant finds, with the embeddings uploaded first: see qdrant.py. A server's lists
     have the index `qdrant`; those of local mode, which compares all vectors, `qdrantlocal`.
@@ -179,6 +192,10 @@ def index_file(task, data, dim, suffix=""):
             | {key: task.probing[key] for key in task.probing if key != "nprobe"})      # a search's, not the index's
 
 
+def serving_suffix(rerank_dim, shortlist, storage):
+    return f"-reranked{rerank_dim}_{shortlist}shortlist_{storage}"
+
+
 def ensure_serving_index(study, retrieval_dim, rerank_dim=None, shortlist=200, storage="float32"):
     """-> (file, index): adaptive retrieval as one FAISS index."""
     task = study.task
@@ -187,7 +204,7 @@ def ensure_serving_index(study, retrieval_dim, rerank_dim=None, shortlist=200, s
     data = study.data(rerank_dim or retrieval_dim)
     rerank_dim = rerank_dim or data.xb.shape[1]
     stages = {"rerank_dim": rerank_dim, "shortlist": shortlist, "storage": storage} | task.probing
-    file, record = index_file(task, data, retrieval_dim, f"-reranked{rerank_dim}_{shortlist}shortlist_{storage}")
+    file, record = index_file(task, data, retrieval_dim, serving_suffix(rerank_dim, shortlist, storage))
     return file, serving.adaptive_index(data.xb, retrieval_dim, rerank_dim, task.index, shortlist, storage,
                                         file, record | stages, task.nlist, task.nprobe)
 
@@ -267,17 +284,20 @@ def check_list_file(task, file):
 
 
 def describe(recipe, n):
-    return {"method": recipe.method, "index": recipe.index, "retrieval_dim": recipe.retrieval_dim,
+    return {"method": " ".join(filter(None, (recipe.method, recipe.storage))),
+            "index": recipe.index, "retrieval_dim": recipe.retrieval_dim,
             "rerank_dims": ",".join(map(str, recipe.rerank_dims)), "shortlists": ",".join(map(str, recipe.shortlists)),
             "mflops": count_mflops(n, recipe.retrieval_dim, recipe.rerank_dims, recipe.shortlists)}
 
 
 def describe_memory(task, data, recipe):
     """-> bytes a vector of the first stage's index (of a search that streams: its prefixes) and of what is re-ranked,
-    as it lies in the embeddings' file; seconds that building the index took, NaN where none is kept."""
-    file, _ = index_file(task._replace(index=recipe.index), data, recipe.retrieval_dim)
+    as it lies in the embeddings' file (a serving index has both in its file); seconds that building the index took, NaN
+    where none is kept."""
+    served = recipe.storage and serving_suffix(recipe.rerank_dims[0], recipe.shortlists[0], recipe.storage)
+    file, _ = index_file(task._replace(index=recipe.index), data, recipe.retrieval_dim, served or "")
     first = file.stat().st_size / len(data.xb) if file.exists() else 4 * recipe.retrieval_dim
-    store = max(recipe.rerank_dims, default=0) * data.xb.itemsize
+    store = 0 if served else max(recipe.rerank_dims, default=0) * data.xb.itemsize
     seconds = (read_json(record_file(file)) or {}).get("seconds", np.nan)
     return {"bytes_per_vector": first + store, "build_s": seconds}
 

@@ -19,6 +19,8 @@ from mrl_files import InputError, read_embeddings, read_json, read_labels
 from mrl_models import default_nesting_list
 
 MODELS = {"mrl": "mrl1_e0", "mrl_e": "mrl1_e1", "ff": "mrl0_e0"}
+PROJECTIONS = ("svd", "jl")              # of a model's embeddings, by projection.py: ff_svd, ff_jl ...
+MODELS |= {f"{model}_{method}": f"{name}_{method}" for model, name in MODELS.items() for method in PROJECTIONS}
 
 
 class Task(NamedTuple):
@@ -26,7 +28,7 @@ class Task(NamedTuple):
     embeddings: str = "../inference"     # folder of the -X.npy and -y.npy files
     output: str = "."                    # folder for index_files/, neighbors/ and report/
     dataset: str = "1K"
-    model: str = "mrl"                   # mrl, mrl_e or ff
+    model: str = "mrl"                   # a key of MODELS
     index: str = "exactl2"               # a row of indexes.INDEXES
     csv: bool = False                    # lists as header-less CSV, the original's format
     memory_gb: float = MEMORY_GB         # of vectors held at once

@@ -77,5 +77,5 @@ def test_clusters_and_codes_that_fit():
 
 
 def test_too_few_vectors_for_a_product_quantiser(world):
-    with pytest.raises(InputError, match="ivf_pq needs 256 vectors, the database has 255"):
+    with pytest.raises(InputError, match="product quantisers need 256 vectors, the database has 255"):
         searcher(world[0][:255], 16, "ivf_pq")

@@ -9,6 +9,8 @@ from mrl_files import InputError, read_json, write_json
 RECIPES = {
     Recipe("exactl2", 16, 2048): "neighbors/mrl/exactl2_16dim_2048shortlist_1K.npy",
     Recipe("exactl2", 8, 200, (2048,), (200,)): "neighbors/reranked/mrl/8dim-reranked2048_200shortlist_1K_exactl2.npy",
+    Recipe("ivf_sq8", 64, 50, (256,), (50,), "float16"):
+        "neighbors/reranked/mrl/64dim-reranked256_50shortlist_float16_1K_ivf_sq8.npy",
     Recipe("hnsw32", 8, 200, (16, 32, 64, 128, 2048), (200, 100, 50, 25, 10)):
         "neighbors/funnel_retrieval/mrl/8dim-cascade[16,32,64,128,2048]_shortlist[200,100,50,25,10]_1K_hnsw32.npy"}
 

@@ -152,8 +152,7 @@ def test_other_embeddings_are_refused_and_their_lists_left(tmp_path):
     ("--sizes 8 16", "the query compares at [8, 32]; name them all"),
     ("--sizes 4 8 32", "--retrieval_dim 8: must be the smallest of [4, 8, 32]"),
     ("--rerank_dims 64", "size 64 is past them"),
-    ("--shortlists 301", "k=301 is not between 1 and the 300 vectors"),
-    ("--index hnsw32", "Qdrant has a graph of its own")])
+    ("--shortlists 301", "k=301 is not between 1 and the 300 vectors")])
 def test_bad_input_is_one_line(refused, tmp_path, flags, complaint):
     folder = retrieval_world.write(tmp_path / "in", SMALL)
     line = refused("retrieval", f"retrieve.py qdrant --embeddings {folder} --output {tmp_path} --retrieval_dim 8 "

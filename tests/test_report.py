@@ -62,6 +62,22 @@ def test_what_is_written_is_the_table_and_two_pictures(study):
         assert min(pixels.shape[:2]) > 300 and pixels.std() > 0.05
 
 
+def test_storage_of_what_is_re_ranked(study):
+    """float16 and sq8 rows are serving indexes: their bytes are their files', their lists nearly those of float32."""
+    task, _ = study
+    table = report(Study(task), ["ivf_sq8"], [4, 8, 16], shortlist=50, ks=[10], storages=["float32", "float16", "sq8"])
+    rows = table[(table.retrieval_dim == 4) & (table.rerank_dims == "8")].set_index("method")
+    assert rows.index.tolist() == ["adaptive", "adaptive float32", "adaptive float16", "adaptive sq8"]
+    kept = rows.bytes_per_vector
+    assert kept["adaptive float32"] - kept["adaptive float16"] == pytest.approx(16, abs=0.5)
+    assert kept["adaptive float16"] - kept["adaptive sq8"] == pytest.approx(8, abs=0.5)
+    assert rows["mAP@10"]["adaptive float32"] == pytest.approx(rows["mAP@10"]["adaptive"], abs=1e-6)
+    for column in ("mAP@10", "neighbors@10", "top1"):
+        assert rows[column].max() - rows[column].min() < 0.1
+    assert (rows[["queries_per_s", "ms_per_query"]] > 0).all().all()
+    assert table.method.value_counts()["adaptive sq8"] == 3
+
+
 def test_a_second_report_makes_nothing_again(study, monkeypatch):
     task, table = study
     monkeypatch.setattr("stages.write_list", lambda *of, **more: pytest.fail("a list was made again"))

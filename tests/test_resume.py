@@ -55,8 +55,8 @@ def log(folder):
             for line in (folder / "log").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("data, flags, steps", [("images", (), 2), ("ffcv", (), 2), ("images", kill_and_resume.RECIPE, 1)],
-                         ids=["images", "ffcv", "recipe"])
+@pytest.mark.parametrize("data, flags, steps", [
+    ("images", (), 2), ("ffcv", (), 2), ("images", kill_and_resume.RECIPE, 1)], ids=["images", "ffcv", "recipe"])
 def test_a_stopped_run_goes_on_to_the_same_weights(data, flags, steps, train, request, monkeypatch, capsys):
     """Stopped in its first epoch and after it; of three batches each, the recipe's first two to one step."""
     path = request.getfixturevalue(data)
@@ -75,7 +75,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(data, flags, steps, train, re
     assert log(folder) == log(whole)
     state, keys = torch.load(folder / "checkpoint.pt"), {"format", "run", "model", "optimizer", "scaler", "rng",
                                                          "losses", "epoch", "step", "elapsed"}
-    assert state.keys() == keys | ({"ema"} if "--training.ema=0.9" in flags else set())      # without: as it was before there were averages
+    averaged = {"ema"} if "--training.ema=0.9" in flags else set()      # without: as it was before there were averages
+    assert state.keys() == keys | averaged
 
 
 def test_the_average_is_validated_and_saved(train, capsys):

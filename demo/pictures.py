@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
 from PIL import Image
 
 from mrl_files import command_line, file_path
@@ -43,8 +42,7 @@ def plot(ordinary, odd):
         axes.plot(column.dropna() * 100, STYLES[name], label=name, **ring)
     axes.plot(odd["MRL"] * 100, "C0o:", fillstyle="none", label="MRL, brush, pixel and display typefaces")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ordinary.index)
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_xticks(ordinary.index, ordinary.index)
     axes.set(xlabel="representation size", ylabel="accuracy (%)", ylim=(0, 100),
              title="300 characters in typefaces never seen in training")
     axes.grid(alpha=0.3)

@@ -2,7 +2,7 @@
 
 Where a run of train/ left params.json beside the file, that says it. Of a bare file the flags say it, or the name of a
 file that the authors released; what neither says, and no shape in the file shows, is the original's default. What
-contradicts is an error, never overruled. Used by classification.py, embeddings.py and baselines.py.
+contradicts is an error, never overruled. Used by classification.py, embeddings.py, baselines.py and export.py.
 """
 import re
 from pathlib import Path

@@ -2,12 +2,14 @@
 import importlib.util
 import json
 import os
+import runpy
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -81,8 +83,7 @@ def golden():
 def run():
     """run("train", "train_imagenet.py --help") -> CompletedProcess of `python <command>` started in that folder."""
     def start(folder, command, check=True, env=None, timeout=600):
-        words = command.split() if isinstance(command, str) else [str(word) for word in command]
-        done = subprocess.run([sys.executable, *words], cwd=ROOT / folder, capture_output=True, text=True,
+        done = subprocess.run([sys.executable, *words_of(command)], cwd=ROOT / folder, capture_output=True, text=True,
                               env=with_python(**(env or {})), timeout=timeout)
         assert not check or done.returncode == 0, done.stderr[-4000:]
         return done
@@ -90,10 +91,75 @@ def run():
 
 
 @pytest.fixture(scope="session")
-def refused(run):
+def run_here(tmp_path_factory):
+    """run_here("train", "train_imagenet.py --help"): as `run`, but in this process, which has imported and compiled
+    what a new one needs ten seconds for. The script is `__main__`, all its output is caught; warnings are pytest's."""
+    said = tmp_path_factory.mktemp("said")
+
+    def start(folder, command, check=True):
+        script, *words = words_of(command)
+        with pytest.MonkeyPatch.context() as patch, process_kept(), output_to(said / "stdout", said / "stderr"):
+            patch.chdir(ROOT / folder)
+            patch.setattr(sys, "argv", [script, *words])
+            patch.setattr(sys, "path", [str(ROOT / folder), *sys.path])
+            status = run_script(ROOT / folder / script)
+        out, err = ((said / name).read_text(errors="replace") for name in ("stdout", "stderr"))
+        assert not check or status == 0, err[-4000:]
+        return subprocess.CompletedProcess([script, *words], status, out, err)
+    return start
+
+
+def run_script(path):
+    """-> exit status, as Python makes it of what sys.exit is given."""
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            return 1
+        return end.code or 0
+    return 0
+
+
+@contextmanager
+def process_kept():
+    """What a script changes of its process, as it is free to, is set back: signals and threads."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
+@contextmanager
+def output_to(*paths):
+    """What this process, libraries below Python and processes that it starts write to stdout and stderr goes to two
+    files."""
+    kept = [os.dup(number) for number in (1, 2)]
+    with open(paths[0], "w", buffering=1) as out, open(paths[1], "w", buffering=1) as err, \
+            redirect_stdout(out), redirect_stderr(err):
+        for number, file in ((1, out), (2, err)):
+            os.dup2(file.fileno(), number)
+        try:
+            yield
+        finally:
+            for number, before in zip((1, 2), kept, strict=True):
+                os.dup2(before, number)
+                os.close(before)
+
+
+def words_of(command):
+    return command.split() if isinstance(command, str) else [str(word) for word in command]
+
+
+@pytest.fixture(scope="session")
+def refused(run_here):
     """refused("train", command) -> the one line of stderr with which a command must refuse bad input."""
-    def start(folder, command, **options):
-        done = run(folder, command, check=False, **options)
+    def start(folder, command):
+        done = run_here(folder, command, check=False)
         assert done.returncode != 0, f"accepted: {done.stdout[-500:]}"
         assert "Traceback" not in done.stderr, done.stderr[-3000:]
         lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]

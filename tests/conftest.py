@@ -10,11 +10,17 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 
+import kill_and_resume
+import nbformat
 import numpy as np
 import pytest
 import torch
+from nbclient import NotebookClient
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,32 +104,38 @@ def run_here(tmp_path_factory):
 
     def start(folder, command, check=True):
         script, *words = words_of(command)
-        with pytest.MonkeyPatch.context() as patch, process_kept(), output_to(said / "stdout", said / "stderr"):
-            patch.chdir(ROOT / folder)
-            patch.setattr(sys, "argv", [script, *words])
-            patch.setattr(sys, "path", [str(ROOT / folder), *sys.path])
-            status = run_script(ROOT / folder / script)
+        with output_to(said / "stdout", said / "stderr"):
+            status = exit_status(start_here(f"{folder}/{script}", *words))
         out, err = ((said / name).read_text(errors="replace") for name in ("stdout", "stderr"))
         assert not check or status == 0, err[-4000:]
         return subprocess.CompletedProcess([script, *words], status, out, err)
     return start
 
 
-def run_script(path):
-    """-> exit status, as Python makes it of what sys.exit is given."""
-    try:
-        runpy.run_path(str(path), run_name="__main__")
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-            return 1
-        return end.code or 0
-    return 0
+def start_here(script, *words):
+    """Run a script as `__main__` in its folder. -> what it gives to sys.exit."""
+    path = ROOT / script
+    with pytest.MonkeyPatch.context() as patch, signals_and_threads_kept():
+        patch.chdir(path.parent)
+        patch.setattr(sys, "argv", [path.name, *words])
+        patch.setattr(sys, "path", [str(path.parent), *sys.path])
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as end:
+            return end.code
+    return None
+
+
+def exit_status(code):
+    """What Python makes of what sys.exit is given: a text goes to stderr."""
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        return 1
+    return code or 0
 
 
 @contextmanager
-def process_kept():
-    """What a script changes of its process, as it is free to, is set back: signals and threads."""
+def signals_and_threads_kept():
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     threads = torch.get_num_threads()
     try:
@@ -139,8 +151,9 @@ def output_to(*paths):
     """What this process, libraries below Python and processes that it starts write to stdout and stderr goes to two
     files."""
     kept = [os.dup(number) for number in (1, 2)]
-    with open(paths[0], "w", buffering=1) as out, open(paths[1], "w", buffering=1) as err, \
-            redirect_stdout(out), redirect_stderr(err):
+    out, err = (open(path, "w", buffering=1, errors=errors)
+                for path, errors in zip(paths, ("strict", "backslashreplace"), strict=True))      # as Python's own
+    with out, err, redirect_stdout(out), redirect_stderr(err):
         for number, file in ((1, out), (2, err)):
             os.dup2(file.fileno(), number)
         try:
@@ -169,6 +182,23 @@ def refused(run_here):
 
 
 @pytest.fixture(scope="session")
+def notebook():
+    """notebook("retrieval/faiss_nn", k=5) -> the outputs of its cells, run with these settings in its folder. All
+    notebooks run in one kernel, which is emptied before each: PyTorch is imported once."""
+    client = NotebookClient(nbformat.v4.new_notebook(), timeout=300)
+
+    def execute(name, **settings):
+        path = ROOT / f"{name}.ipynb"
+        client.nb = parameterize_notebook(load_notebook_node(str(path)), settings)
+        client.nb.cells.insert(0, nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {path.parent}"))
+        for i, cell in enumerate(client.nb.cells):
+            client.execute_cell(cell, i)
+        return [output for cell in client.nb.cells for output in cell.get("outputs", [])]
+    with client.setup_kernel():
+        yield execute
+
+
+@pytest.fixture(scope="session")
 def image_tree(tmp_path_factory):
     """Folder with train/ (3 classes of 20 pictures) and val/ (11, 11 and 12), JPEG and PNG, of many shapes."""
     root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
@@ -185,15 +215,37 @@ def image_tree(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def ffcv_folder(image_tree, tmp_path_factory):
+def noise(run_here, tmp_path_factory):
+    """noise(24) -> a folder with images/ of two classes, so many pictures of noise, and data.ffcv made of them."""
+    pytest.importorskip("ffcv")
+
+    @cache
+    def make(n):
+        folder = tmp_path_factory.mktemp(f"noise{n}")
+        kill_and_resume.make_images(folder, n)
+        run_here("train", kill_and_resume.writer(folder))
+        return folder
+    return make
+
+
+@pytest.fixture(scope="session")
+def ffcv_folder(image_tree, run_here, tmp_path_factory):
     """What write_imagenet.sh makes of `image_tree`: the two files that training reads."""
     pytest.importorskip("ffcv")
-    folder = tmp_path_factory.mktemp("ffcv")
+    folder, program = tmp_path_factory.mktemp("ffcv"), tmp_path_factory.mktemp("bin")
+    python_that_notes(program)
     env = with_python(IMAGENET_DIR=str(image_tree), WRITE_DIR=str(folder), WORKERS="2")
-    done = subprocess.run(["./write_imagenet.sh", "500", "0.50", "90"], cwd=ROOT / "train", env=env,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    subprocess.run(["./write_imagenet.sh", "500", "0.50", "90"], cwd=ROOT / "train", check=True,
+                   env=env | {"PATH": f"{program}:{env['PATH']}"})
+    for words in (program / "words").read_text().split("\n\n")[:-1]:
+        run_here("train", words.splitlines())
     return folder
+
+
+def python_that_notes(folder):
+    """A `python` for shell scripts that writes its words down, into `words` beside it: a line each."""
+    (folder / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@" "" >> "$(dirname "$0")/words"\n')
+    (folder / "python").chmod(0o755)
 
 
 def with_python(**variables):

@@ -2,17 +2,25 @@
 import importlib.util
 import json
 import os
+import runpy
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 
+import kill_and_resume
+import nbformat
 import numpy as np
 import pytest
 import torch
+from nbclient import NotebookClient
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,8 +89,7 @@ def golden():
 def run():
     """run("train", "train_imagenet.py --help") -> CompletedProcess of `python <command>` started in that folder."""
     def start(folder, command, check=True, env=None, timeout=600):
-        words = command.split() if isinstance(command, str) else [str(word) for word in command]
-        done = subprocess.run([sys.executable, *words], cwd=ROOT / folder, capture_output=True, text=True,
+        done = subprocess.run([sys.executable, *words_of(command)], cwd=ROOT / folder, capture_output=True, text=True,
                               env=with_python(**(env or {})), timeout=timeout)
         assert not check or done.returncode == 0, done.stderr[-4000:]
         return done
@@ -90,16 +97,105 @@ def run():
 
 
 @pytest.fixture(scope="session")
-def refused(run):
+def run_here(tmp_path_factory):
+    """run_here("train", "train_imagenet.py --help"): as `run`, but in this process, which has imported and compiled
+    what a new one needs ten seconds for. The script is `__main__`, all its output is caught; warnings are pytest's."""
+    said = tmp_path_factory.mktemp("said")
+
+    def start(folder, command, check=True):
+        script, *words = words_of(command)
+        with output_to(said / "stdout", said / "stderr"):
+            status = exit_status(start_here(f"{folder}/{script}", *words))
+        out, err = ((said / name).read_text(errors="replace") for name in ("stdout", "stderr"))
+        assert not check or status == 0, err[-4000:]
+        return subprocess.CompletedProcess([script, *words], status, out, err)
+    return start
+
+
+def start_here(script, *words):
+    """Run a script as `__main__` in its folder. -> what it gives to sys.exit."""
+    path = ROOT / script
+    with pytest.MonkeyPatch.context() as patch, signals_and_threads_kept():
+        patch.chdir(path.parent)
+        patch.setattr(sys, "argv", [path.name, *words])
+        patch.setattr(sys, "path", [str(path.parent), *sys.path])
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as end:
+            return end.code
+    return None
+
+
+def exit_status(code):
+    """What Python makes of what sys.exit is given: a text goes to stderr."""
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        return 1
+    return code or 0
+
+
+@contextmanager
+def signals_and_threads_kept():
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
+@contextmanager
+def output_to(*paths):
+    """What this process, libraries below Python and processes that it starts write to stdout and stderr goes to two
+    files."""
+    kept = [os.dup(number) for number in (1, 2)]
+    out, err = (open(path, "w", buffering=1, errors=errors)
+                for path, errors in zip(paths, ("strict", "backslashreplace"), strict=True))      # as Python's own
+    with out, err, redirect_stdout(out), redirect_stderr(err):
+        for number, file in ((1, out), (2, err)):
+            os.dup2(file.fileno(), number)
+        try:
+            yield
+        finally:
+            for number, before in zip((1, 2), kept, strict=True):
+                os.dup2(before, number)
+                os.close(before)
+
+
+def words_of(command):
+    return command.split() if isinstance(command, str) else [str(word) for word in command]
+
+
+@pytest.fixture(scope="session")
+def refused(run_here):
     """refused("train", command) -> the one line of stderr with which a command must refuse bad input."""
-    def start(folder, command, **options):
-        done = run(folder, command, check=False, **options)
+    def start(folder, command):
+        done = run_here(folder, command, check=False)
         assert done.returncode != 0, f"accepted: {done.stdout[-500:]}"
         assert "Traceback" not in done.stderr, done.stderr[-3000:]
         lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
         assert len(lines) == 1, done.stderr[-3000:]
         return lines[0]
     return start
+
+
+@pytest.fixture(scope="session")
+def notebook():
+    """notebook("retrieval/faiss_nn", k=5) -> the outputs of its cells, run with these settings in its folder. All
+    notebooks run in one kernel, which is emptied before each: PyTorch is imported once."""
+    client = NotebookClient(nbformat.v4.new_notebook(), timeout=300)
+
+    def execute(name, **settings):
+        path = ROOT / f"{name}.ipynb"
+        client.nb = parameterize_notebook(load_notebook_node(str(path)), settings)
+        client.nb.cells.insert(0, nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {path.parent}"))
+        for i, cell in enumerate(client.nb.cells):
+            client.execute_cell(cell, i)
+        return [output for cell in client.nb.cells for output in cell.get("outputs", [])]
+    with client.setup_kernel():
+        yield execute
 
 
 @pytest.fixture(scope="session")
@@ -119,15 +215,37 @@ def image_tree(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def ffcv_folder(image_tree, tmp_path_factory):
+def noise(run_here, tmp_path_factory):
+    """noise(24) -> a folder with images/ of two classes, so many pictures of noise, and data.ffcv made of them."""
+    pytest.importorskip("ffcv")
+
+    @cache
+    def make(n):
+        folder = tmp_path_factory.mktemp(f"noise{n}")
+        kill_and_resume.make_images(folder, n)
+        run_here("train", kill_and_resume.writer(folder))
+        return folder
+    return make
+
+
+@pytest.fixture(scope="session")
+def ffcv_folder(image_tree, run_here, tmp_path_factory):
     """What write_imagenet.sh makes of `image_tree`: the two files that training reads."""
     pytest.importorskip("ffcv")
-    folder = tmp_path_factory.mktemp("ffcv")
+    folder, program = tmp_path_factory.mktemp("ffcv"), tmp_path_factory.mktemp("bin")
+    python_that_notes(program)
     env = with_python(IMAGENET_DIR=str(image_tree), WRITE_DIR=str(folder), WORKERS="2")
-    done = subprocess.run(["./write_imagenet.sh", "500", "0.50", "90"], cwd=ROOT / "train", env=env,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    subprocess.run(["./write_imagenet.sh", "500", "0.50", "90"], cwd=ROOT / "train", check=True,
+                   env=env | {"PATH": f"{program}:{env['PATH']}"})
+    for words in (program / "words").read_text().split("\n\n")[:-1]:
+        run_here("train", words.splitlines())
     return folder
+
+
+def python_that_notes(folder):
+    """A `python` for shell scripts that writes its words down, into `words` beside it: a line each."""
+    (folder / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@" "" >> "$(dirname "$0")/words"\n')
+    (folder / "python").chmod(0o755)
 
 
 def with_python(**variables):

@@ -3,7 +3,7 @@
     python tests/kill_and_resume.py --runs 20      about 15 minutes on 2 cores
     python tests/kill_and_resume.py --recipe       with all that a run may hold: AdamW, an average, mixing, accumulation
 
-Prints a line a run; exit status 1 if any differs. tests/test_resume.py runs a short form of it.
+Prints a line a run; exit status 1 if any differs. tests/test_resume.py kills one run.
 """
 import argparse
 import random
@@ -53,12 +53,10 @@ def make_images(folder, n=24):
     return folder / "images"
 
 
-def make_data(folder, n=24):
-    """A .ffcv file of n pictures."""
-    make_images(folder, n)
-    finish([sys.executable, "write_imagenet.py", "--cfg.split=train", "--cfg.max_resolution=40", "--cfg.num_workers=1",
-            f"--cfg.data_dir={folder}/images", f"--cfg.write_path={folder}/data.ffcv", "--cfg.write_mode=raw"])
-    return folder / "data.ffcv"
+def writer(folder):
+    """-> write_imagenet.py and its words: folder/images becomes folder/data.ffcv."""
+    return ["write_imagenet.py", "--cfg.split=train", "--cfg.max_resolution=40", "--cfg.num_workers=1",
+            f"--cfg.data_dir={folder}/images", f"--cfg.write_path={folder}/data.ffcv", "--cfg.write_mode=raw"]
 
 
 def kill_at_random(words, folder, rng):
@@ -103,8 +101,9 @@ def main(runs, seed=0, kills=2, changes=()):
     """
     rng, differing = random.Random(seed), 0
     with tempfile.TemporaryDirectory() as name:
-        logs = Path(name)
-        ffcv = make_data(logs)
+        logs, ffcv = Path(name), Path(name, "data.ffcv")
+        make_images(logs)
+        finish([sys.executable, *writer(logs)])
         finish(command(ffcv, logs, "uninterrupted", *changes))
         expected = weights(logs / "uninterrupted")
         for run in range(runs):

@@ -12,14 +12,13 @@ import ctypes
 import os
 import re
 import resource
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,7 +65,7 @@ from abuse_inputs import (
     with_nan,
     words_of,
 )
-from conftest import ROOT, with_python
+from conftest import ROOT, exit_status, output_to, python_that_notes, start_here, with_python
 
 
 class Row(NamedTuple):
@@ -374,15 +373,14 @@ def test_paths_with_spaces_and_absurd_settings_that_fit(row, place):
 
 def test_the_shell_script_keeps_paths_whole(place):
     """write_imagenet.sh with a `python` that writes its words down."""
-    program = place.here / "bin" / "python"
-    program.parent.mkdir()
-    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >> "$WRITE_DIR/words"\n')
-    program.chmod(0o755)
+    program = place.here / "bin"
+    program.mkdir()
+    python_that_notes(program)
     folder = place.here / "a new folder"
     subprocess.run(["./write_imagenet.sh", "500", "0.50", "90"], cwd=ROOT / "train", check=True,
-                   env={**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "HOME": str(place.here),
+                   env={**os.environ, "PATH": f"{program}:{os.environ['PATH']}", "HOME": str(place.here),
                         "WRITE_DIR": "~/a new folder", "IMAGENET_DIR": str(place.images)})
-    words = (folder / "words").read_text().splitlines()
+    words = (program / "words").read_text().splitlines()
     assert f"--cfg.write_path={folder}/train_500_0.50_90.ffcv" in words
     assert f"--cfg.data_dir={place.images}/val" in words
 
@@ -506,30 +504,12 @@ def assert_kept(before, place, leaves):
 
 def run_here(command, place, file_limit=-1):
     """-> (exit status, stderr) of a command, run as a script in this process."""
-    script, *words = words_of(command, place)
     said = place.here.parent / "stderr"
-    with pytest.MonkeyPatch.context() as patch, signals_kept(), stderr_to(said), warnings_to_stderr():
-        patch.chdir((ROOT / script).parent)
-        patch.setattr(sys, "argv", [Path(script).name, *words])
-        try:
-            with largest_file(file_limit):
-                runpy.run_path(str(ROOT / script), run_name="__main__")
-            status = 0
-        except SystemExit as end:
-            status = end.code or 0
-        if isinstance(status, str):
-            print(status, file=sys.stderr)
-    return int(status != 0) if isinstance(status, str) else status, said.read_text()
-
-
-@contextmanager
-def signals_kept():
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    with output_to(os.devnull, said), warnings_to_stderr():
+        with largest_file(file_limit):
+            code = start_here(*words_of(command, place))
+        status = exit_status(code)
+    return status, said.read_text()
 
 
 @contextmanager
@@ -542,19 +522,6 @@ def warnings_to_stderr():
         yield
     for warning in warned:
         print(f"Warning: {warning.message}", file=sys.stderr)
-
-
-@contextmanager
-def stderr_to(path):
-    """What this process, libraries below Python and processes that it starts write to stderr goes to a file."""
-    kept = os.dup(2)
-    with open(path, "w", buffering=1) as file, redirect_stderr(file):
-        os.dup2(file.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
 
 
 @contextmanager

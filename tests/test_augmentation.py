@@ -1,4 +1,5 @@
 """The crops and flips that training draws: distributed as the usual ones."""
+import augmentation
 import numpy as np
 import torch
 from augmentation import FLIP, image_keys, mirror, random_crop, uniform
@@ -25,3 +26,9 @@ def test_mirror():
     expected = image[:, ::-1].copy()
     mirror(image)
     np.testing.assert_array_equal(image, expected)
+
+
+def test_what_has_no_folder_for_compiled_code_is_compiled_anyway():
+    """A function without a file: numba finds no place beside it, as in a read-only checkout without a home."""
+    made = augmentation.keep_compiled(eval("lambda x: x + 1"))
+    assert made(1) == 2 and not made.stats.cache_path

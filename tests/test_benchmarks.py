@@ -8,6 +8,7 @@ import re
 import time
 
 import pytest
+from conftest import ROOT
 
 NUMBER = r"[-+.\d]+(?:e[-+]?\d+)?|nan|inf"
 
@@ -29,8 +30,9 @@ def plausible(cells, positive=True):
         assert low > 0 or not positive
 
 
-def test_head(run):
-    done = run("benchmarks", "head.py --classes 10 12 --sizes 4 8 32 --batch_size 6 --rounds 3 --repeat 1 --threads 1")
+def test_head(run_here):
+    done = run_here("benchmarks", "head.py --classes 10 12 --sizes 4 8 32 --batch_size 6 --rounds 3 --repeat 1 "
+                                  "--threads 1")
     names = ["one layer", "FF", "MRL", "MRL plain", "MRL-E", "MRL-E plain"]
     tables = rows(done.stdout, names)
     assert list(tables) == names and done.stdout.count(" classes\n") == 2
@@ -42,9 +44,9 @@ def test_head(run):
     assert "products alone: MRL 1.38, MRL-E 1" in done.stdout
 
 
-def test_train_step(run):
-    done = run("benchmarks", "train_step.py --device cpu --arch resnet18 --batch_size 2 --classes 5 "
-                             "--resolutions 32 40 --rounds 2 --repeat 1 --warmup 1", env={"PYTHONPATH": "../train"})
+def test_train_step(run_here):
+    done = run_here("benchmarks", "train_step.py --device cpu --arch resnet18 --batch_size 2 --classes 5 "
+                                  "--resolutions 32 40 --rounds 2 --repeat 1 --warmup 1")
     tables = rows(done.stdout, ["FF", "MRL", "MRL-E"])
     assert list(tables) == ["FF", "MRL", "MRL-E"] and re.findall(r"^(\d+) px", done.stdout, re.M) == ["32", "40"]
     for found in tables.values():
@@ -53,11 +55,10 @@ def test_train_step(run):
             plausible(cells)
 
 
-def test_train_epoch(run):
+def test_train_epoch(run_here):
     pytest.importorskip("ffcv")
-    done = run("benchmarks", "train_epoch.py --device cpu --arch resnet18 --batch_size 4 --resolution 32 --count 20 "
-                             "--pixels 48 --epochs 2 --workers 1 --rounds 2 --repeat 1 --warmup 1",
-               env={"PYTHONPATH": "../train"})
+    done = run_here("benchmarks", "train_epoch.py --device cpu --arch resnet18 --batch_size 4 --resolution 32 "
+                                  "--count 20 --pixels 48 --epochs 2 --workers 1 --rounds 2 --repeat 1 --warmup 1")
     (cells,) = rows(done.stdout, ["1 "])["1 "]
     speed, waiting, alone, folder_alone = cells
     plausible([speed, alone, folder_alone])
@@ -70,35 +71,33 @@ def test_train_epoch(run):
 
 
 def test_train_epoch_names_what_is_wrong(refused, tmp_path):
-    train = {"PYTHONPATH": "../train"}
-    assert "--epochs" in refused("benchmarks", "train_epoch.py --epochs 1", env=train)
-    assert "no such folder" in refused("benchmarks", f"train_epoch.py --images {tmp_path}/missing", env=train)
+    assert "--epochs" in refused("benchmarks", "train_epoch.py --epochs 1")
+    assert "no such folder" in refused("benchmarks", f"train_epoch.py --images {tmp_path}/missing")
 
 
-def test_eval_speed(run):
-    done = run("benchmarks", "eval_speed.py --images 24 --crop 32 --batch_size 8 --workers 0 --rounds 3",
-               env={"PYTHONPATH": "../inference"})
+def test_eval_speed(run_here):
+    done = run_here("benchmarks", "eval_speed.py --images 24 --crop 32 --batch_size 8 --workers 0 --rounds 3")
     tables = rows(done.stdout, ["plain loop:", "evaluate:", "ratio:"])
     assert list(tables) == ["plain loop:", "evaluate:", "ratio:"]
     for (cells,) in tables.values():
         plausible(cells)
 
 
-def test_memory_of_a_dump_does_not_grow_with_the_number_of_images(run):
+def test_memory_of_a_dump_does_not_grow_with_the_number_of_images(run_here, monkeypatch):
     """At a fortieth of the claim's sizes, with features so wide that keeping them would take 147 MB.
 
     The C library is told to give large blocks back when they are freed: else holes between them come and go.
     """
-    done = run("benchmarks", "dump_memory.py --images 500 5000 --features 8192",
-               env={"PYTHONPATH": "../inference", "MALLOC_MMAP_THRESHOLD_": "1000000"})
+    monkeypatch.setenv("PYTHONPATH", "../inference")      # of the processes that it starts
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
+    done = run_here("benchmarks", "dump_memory.py --images 500 5000 --features 8192")
     assert len(re.findall(r"images: peak +[\d.]+ MB private", done.stdout)) == 2
     assert float(re.search(r"difference: (-?[\d.]+) MB", done.stdout)[1]) < 50
 
 
-def test_retrieval_speed(run):
+def test_retrieval_speed(run_here):
     """It asserts that the plain loops find the same neighbours and give the same numbers."""
-    shown = run("benchmarks", "retrieval_speed.py --n 2500 --queries 20 --classes 30 --rounds 1",
-                env={"PYTHONPATH": "../retrieval"}).stdout
+    shown = run_here("benchmarks", "retrieval_speed.py --n 2500 --queries 20 --classes 30 --rounds 1").stdout
     ratios = re.findall(rf"^(\S.*?)  +({NUMBER}) +({NUMBER}) +({NUMBER}) \(", shown, re.M)
     assert len(ratios) == 11
     for name, *numbers in ratios:
@@ -106,13 +105,13 @@ def test_retrieval_speed(run):
     assert float(re.search(rf"overlap@10 .*: ({NUMBER})", shown)[1]) > 0.9
 
 
-def test_retrieval_scale(run):
-    shown = run("benchmarks", "retrieval_scale.py --n 3000 --queries 20", env={"PYTHONPATH": "../retrieval"}).stdout
+def test_retrieval_scale(run_here):
+    shown = run_here("benchmarks", "retrieval_scale.py --n 3000 --queries 20").stdout
     assert [float(gb) < 1 for gb in re.findall(rf"peak private memory ({NUMBER}) GB", shown)] == [True] * 3
 
 
-def test_analysis(run):
-    shown = run("benchmarks", "analysis.py --images 1000 --rounds 1", env={"PYTHONPATH": "../model_analysis"}).stdout
+def test_analysis(run_here):
+    shown = run_here("benchmarks", "analysis.py --images 1000 --rounds 1").stdout
     names = ["cascades, 30 seeds, all caps", "oracle", "superclasses", "together"]
     tables = rows(shown, names)
     assert list(tables) == names
@@ -158,9 +157,11 @@ def test_gpu_without_a_gpu_is_one_line(refused):
     assert "--device cuda:99" in refused("benchmarks", "gpu.py --device cuda:99")
 
 
-def test_made_up_pictures_are_drawn_once(run, tmp_path):
+def test_made_up_pictures_are_drawn_once(monkeypatch, tmp_path):
     """Drawing the 8,192 of gpu.py took 77 s of its ten minutes."""
-    run("benchmarks", ["-c", f"from measure import make_images; make_images({str(tmp_path)!r}, 25, 16, different=10)"])
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from measure import make_images
+    make_images(tmp_path, 25, 16, different=10)
     files = {int(path.stem): path for path in tmp_path.glob("*/*.jpeg")}
     assert sorted(files) == list(range(25)) and all(path.parent.name == str(i % 10) for i, path in files.items())
     assert len({path.read_bytes() for path in files.values()}) == 10

@@ -139,14 +139,15 @@ def saved(tmp_path, world):
     return tmp_path
 
 
-def test_learn_then_apply(saved, run, golden, world, monkeypatch, capsys):
+def test_learn_then_apply(saved, run_here, golden, world, monkeypatch, capsys):
     """On the set it was tuned on, a policy is evaluated on the other images: the golden accuracies."""
     policy = saved / "policy.json"
-    run("model_analysis", f"cascades.py learn --folder {saved} --tta --seed 1 --policy {policy}")
+    run_here("model_analysis", f"cascades.py learn --folder {saved} --tta --seed 1 --policy {policy}")
     expected = golden("analysis")[0]["cascade"]
     assert json.loads(policy.read_text())["thresholds"] == expected["thresholds"]
 
-    lines = run("model_analysis", f"cascades.py apply --folder {saved} --tta --policy {policy}").stdout.splitlines()
+    shown = run_here("model_analysis", f"cascades.py apply --folder {saved} --tta --policy {policy}").stdout
+    lines = shown.splitlines()
     assert "on 2400 images of V1" in lines[0]
     shown = [[float(word) for word in line.split()] for line in lines[2:]]
     assert [row[0] for row in shown] == NESTING_LIST[1:]

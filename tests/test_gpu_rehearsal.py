@@ -23,8 +23,8 @@ from conftest import ROOT, free_port, with_python
 FOLDERS = ("train", "inference", "retrieval", "model_analysis")
 FILES = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in sorted((ROOT / name).glob("*.py")))]
 STAND_INS = ROOT / "tests/stand_in_gpus"
-SETTINGS = ("--training.device=cuda --training.epochs=2 --resolution.max_res=64 --resolution.end_ramp=1 "
-            "--logging.log_level=1 --training.label_smoothing=0.1").split()
+SETTINGS = ("--training.device=cuda --model.arch=shufflenet_v2_x0_5 --training.epochs=2 --resolution.max_res=64 "
+            "--resolution.end_ramp=1 --logging.log_level=1 --training.label_smoothing=0.1").split()
 HEADS = {"ff": ["--model.mrl=0", "--model.fixed_feature=16"], "mrl": [],
          "mrl_e": ["--model.mrl=0", "--model.efficient=1"]}
 # Lines that run only with a GPU, and not here.
@@ -37,17 +37,17 @@ LEFT_OUT = {
 class Rehearsal:
     """The files of the runs, and how a command starts on two GPUs. notes/<run>: what its processes did with them."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, noise):
         self.folder, self.runs, self.notes, self.lines = (folder / name for name in ("", "runs", "notes", "lines"))
         self.notes.mkdir()
         self.lines.touch()
         watched = {str(path): [line for first, last in gpu_lines.gpu_statements(path.read_text())
                                for line in range(first, last + 1)] for path in FILES}
         (folder / "watched.json").write_text(json.dumps(watched))
-        self.ffcv = kill_and_resume.make_data(folder)
+        self.ffcv = noise / "data.ffcv"
         for split in ("train", "val"):
             (folder / "sets").mkdir(exist_ok=True)
-            (folder / "sets" / split).symlink_to(folder / "images")
+            (folder / "sets" / split).symlink_to(noise / "images")
         self.env = with_python(
             STAND_IN_GPUS="2", STAND_IN_NOTES=str(self.notes / "started"), LINES_RUN=str(self.lines),
             WATCHED_LINES=str(folder / "watched.json"),
@@ -75,7 +75,7 @@ class Rehearsal:
                                           "--workers", 1, *changes]
 
     def compare(self, command, *changes):
-        return "baselines.main", [command, "--arrays", self.folder / "arrays", "--model", "mrl1_e0_ff512",
+        return "baselines.main", [command, "--arrays", self.folder / "arrays", "--model", "mrl1_e0_ff1024",
                                   "--device", "cuda", *changes]
 
     def search(self, output, device):
@@ -91,8 +91,8 @@ class Rehearsal:
 
 
 @pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory):
-    return Rehearsal(tmp_path_factory.mktemp("rehearsal"))
+def rehearsal(tmp_path_factory, noise):
+    return Rehearsal(tmp_path_factory.mktemp("rehearsal"), noise(24))
 
 
 @pytest.fixture(scope="module")

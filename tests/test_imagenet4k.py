@@ -182,10 +182,10 @@ def test_foreign_files_in_the_result_are_noticed(command):
         command()
 
 
-def test_the_command(run, refused, source, tmp_path):
+def test_the_command(run_here, refused, source, tmp_path):
     """The README's command, with a small class list: built, then refused for the true 4,202 classes."""
     (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
     words = ["build_imagenet4k.py", "--source", source, "--output", tmp_path / "4k"]
-    run("imagenet-4k", [*words, "--classes", tmp_path / "classes.txt", "--train", 3, "--val", 2])
+    run_here("imagenet-4k", [*words, "--classes", tmp_path / "classes.txt", "--train", 3, "--val", 2])
     assert built(tmp_path / "4k") == BY_RULE
     assert "neither n00005787/ nor n00005787.tar is there" in refused("imagenet-4k", words)

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import ffcv.loader.epoch_iterator as ffcv_iterator
 import ffcv_repairs
-import kill_and_resume
 import pytest
 import torch
 from ffcv.transforms import ToDevice
@@ -106,11 +105,6 @@ def late_gpu(monkeypatch):
     monkeypatch.setattr(ToDevice, "generate_code", copy_late)
 
 
-@pytest.fixture(scope="module")
-def ffcv(tmp_path_factory):
-    return kill_and_resume.make_data(tmp_path_factory.mktemp("data"), 32)
-
-
 def read(file, device):
     """-> three epochs of batches; on a GPU training reads each of them when the GPU comes to it."""
     loader, found = train_loader(file, 2, 1, 1, 32, 0, device), []
@@ -125,13 +119,13 @@ def read(file, device):
 
 
 @pytest.mark.parametrize("repaired", [True, False])
-def test_batches_are_whole(ffcv, late_gpu, monkeypatch, repaired):
+def test_batches_are_whole(noise, late_gpu, monkeypatch, repaired):
     with monkeypatch.context() as patch:
         for module in (ffcv_iterator, ffcv_repairs):
             patch.setattr(module, "IS_CUDA", False)
-        expected = read(ffcv, "cpu")
+        expected = read(noise(32) / "data.ffcv", "cpu")
     if not repaired:
         monkeypatch.setattr(ffcv_iterator.EpochIterator, "run_pipeline", ffcv_repairs.run_pipeline)
-    wrong = sum(a != b for a, b in zip(expected, read(ffcv, "cuda:0"), strict=True))
+    wrong = sum(a != b for a, b in zip(expected, read(noise(32) / "data.ffcv", "cuda:0"), strict=True))
     assert len(expected) == 48
     assert wrong == 0 if repaired else wrong > 24, wrong

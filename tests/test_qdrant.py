@@ -114,19 +114,19 @@ def test_a_folder_in_use(client, tmp_path):
 
 # ------------------------------------------------------------------------------------------------ the command
 
-def test_the_command_writes_lists_that_metrics_reads(run, tmp_path):
+def test_the_command_writes_lists_that_metrics_reads(run_here, tmp_path):
     folder = retrieval_world.write(tmp_path / "in", WORLD, nesting_list=list(SIZES))
     common = f"--embeddings {folder} --output {tmp_path}"
     asked = f"qdrant {common} --path {tmp_path / 'store'} --retrieval_dim 8 --rerank_dims 16 32 --shortlists 100 10"
-    done = run("retrieval", f"retrieve.py {asked}")
+    done = run_here("retrieval", f"retrieve.py {asked}")
     file = Path(done.stdout.strip())
     assert file == tmp_path / "neighbors/funnel_retrieval/mrl/8dim-cascade[16,32]_shortlist[100,10]_1K_qdrantlocal.npy"
     assert "slow" in done.stderr
-    ours = run("retrieval", f"retrieve.py funnel {common} --retrieval_dim 8 --rerank_dims 16 32 --shortlists 100 10 "
-                            "--k 100").stdout.strip()
+    ours = run_here("retrieval", f"retrieve.py funnel {common} --retrieval_dim 8 --rerank_dims 16 32 "
+                                 "--shortlists 100 10 --k 100").stdout.strip()
     assert_same(WORLD[0], WORLD[2], 32, np.load(file), np.load(ours))
     written = file.stat().st_mtime_ns
-    run("retrieval", f"retrieve.py {asked}")
+    run_here("retrieval", f"retrieve.py {asked}")
     assert file.stat().st_mtime_ns == written
     study = Study(Task(embeddings=str(folder), output=str(tmp_path)))
     row, expected = score(study, file, [10]), score(study, ours, [10])

@@ -114,7 +114,7 @@ def with_variables(text):
     return text
 
 
-def test_every_command_of_the_documents_has_a_script_and_its_flags(run):
+def test_every_command_of_the_documents_has_a_script_and_its_flags(run_here):
     wanted = {}
     for document, name, flags in commands():
         assert name in SCRIPTS or (ROOT / "tests" / name).exists(), f"{document.name} names {name}"
@@ -126,7 +126,7 @@ def test_every_command_of_the_documents_has_a_script_and_its_flags(run):
         for flag in flags - {"config-file", "help"}:
             written = rf"(--|\s){re.escape(flag)}\b" if "." in flag else rf"--{flag}\b"
             if not re.search(written, text):      # a setting of fastargs, or made up of parts in the source
-                text += run(path.parent.relative_to(ROOT), f"{name} --help").stdout
+                text += run_here(path.parent.relative_to(ROOT), f"{name} --help").stdout
             assert re.search(written, text), f"{name} has no --{flag}"
 
 

@@ -1,6 +1,7 @@
 """Interrupted and resumed training against the run that nobody touched: equal to the bit on a CPU."""
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -19,22 +20,25 @@ import mrl_models
 from mrl_files import InputError
 
 
+def command(data, logs, name, *changes):
+    return kill_and_resume.command(data, logs, name, "--model.arch=shufflenet_v2_x0_5", *changes)
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return kill_and_resume.make_images(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
-def ffcv(tmp_path_factory):
-    pytest.importorskip("ffcv")
-    return kill_and_resume.make_data(tmp_path_factory.mktemp("data"))
+def ffcv(noise):
+    return noise(24) / "data.ffcv"
 
 
 @pytest.fixture
 def train(images, tmp_path, monkeypatch):
     """train(name, *flags) runs train_imagenet.main in this process -> its run folder."""
     def start(name, *flags):
-        words = kill_and_resume.command(images, tmp_path, name, "--training.epochs=2", *flags)
+        words = command(images, tmp_path, name, "--training.epochs=2", *flags)
         monkeypatch.setattr(sys, "argv", words[1:])
         monkeypatch.setattr(signal, "signal", lambda *_: None)
         train_imagenet.main()
@@ -108,13 +112,16 @@ def test_a_second_process_is_kept_out_of_a_run(train, tmp_path):
         train("run")
 
 
-@pytest.mark.usefixtures("ffcv")
-def test_killed_runs_end_alike():
-    assert kill_and_resume.main(runs=1, kills=1) == 0
+def test_a_killed_run_ends_alike(train, images, tmp_path):
+    """In its second or third epoch of four, or while a checkpoint of these is written."""
+    words = command(images, tmp_path, "run", "--training.epochs=4")
+    assert kill_and_resume.kill_at_random(words, tmp_path / "run", random.Random(1)) != "finished"
+    run, whole = (kill_and_resume.weights(train(name, "--training.epochs=4")) for name in ("run", "whole"))
+    assert kill_and_resume.same(run, whole)
 
 
 def test_ctrl_c_finishes_the_step_and_saves(images, tmp_path):
-    process = kill_and_resume.start(kill_and_resume.command(images, tmp_path, "run", "--training.epochs=500"))
+    process = kill_and_resume.start(command(images, tmp_path, "run", "--training.epochs=500"))
     while not (tmp_path / "run/checkpoint.pt").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
@@ -126,7 +133,7 @@ def test_ctrl_c_finishes_the_step_and_saves(images, tmp_path):
 
 def test_two_processes_asked_to_stop_save_first(images, tmp_path):
     """Ctrl-C, which each process hears twice: from the terminal and from the first. (`kill`: test_gpu_rehearsal.py.)"""
-    words = kill_and_resume.command(images, tmp_path, "run", "--training.epochs=500", "--training.batch_size=6",
+    words = command(images, tmp_path, "run", "--training.epochs=500", "--training.batch_size=6",
                                     "--training.distributed=1", "--dist.world_size=2", f"--dist.port={free_port()}")
     process = subprocess.Popen(words, cwd=ROOT / "train", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
@@ -139,42 +146,33 @@ def test_two_processes_asked_to_stop_save_first(images, tmp_path):
     assert stderr.count("go on with --training.resume=") == 1
 
 
-@pytest.fixture(scope="module")
-def torchrun(images, tmp_path_factory):
-    """torchrun(nodes, kill) -> the run folder of two gloo processes, of which one was killed after a checkpoint."""
-    def start(nodes, kill):
-        logs, port = tmp_path_factory.mktemp("logs"), free_port()
-        words = kill_and_resume.command(images, logs, "", "--training.epochs=6", "--training.batch_size=6")[1:]
-        words.remove("--logging.name=")
-        agent = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}",
-                 f"--nproc_per_node={2 // nodes}", "--max-restarts=1", "--rdzv_backend=c10d",
-                 f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=run", *words]
-        agents = [subprocess.Popen(agent, cwd=ROOT / "train", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                   text=True, env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
-                  for _ in range(nodes)]
-        if kill:
-            while not (logs / "run/checkpoint.pt").exists():
-                assert all(agent.poll() is None for agent in agents), [agent.communicate()[0] for agent in agents]
-                time.sleep(0.02)
-            os.kill(sorted(children(agents[-1].pid))[-1], signal.SIGKILL)
-        output = "".join(agent.communicate(timeout=300)[0] for agent in agents)
-        assert not any(agent.returncode for agent in agents), output[-9000:]
-        assert output.count("run folder:") == 1 + kill
-        return logs / "run"
-    return start
+def torchrun(images, logs, nodes, epochs):
+    """-> the run folder of two gloo processes, of which one was killed when so many epochs of four were done."""
+    words = command(images, logs, "", "--training.epochs=4", "--training.batch_size=6")[1:]
+    words.remove("--logging.name=")
+    agent = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc_per_node={2 // nodes}",
+             "--max-restarts=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}", "--rdzv_id=run",
+             *words]
+    agents = [subprocess.Popen(agent, cwd=ROOT / "train", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+              for _ in range(nodes)]
+    while not (logs / "run/checkpoint.pt").exists() or len(log(logs / "run")) < epochs:
+        assert all(agent.poll() is None for agent in agents), [agent.communicate()[0] for agent in agents]
+        time.sleep(0.02)
+    os.kill(sorted(children(agents[-1].pid))[-1], signal.SIGKILL)
+    output = "".join(agent.communicate(timeout=300)[0] for agent in agents)
+    assert not any(agent.returncode for agent in agents), output[-9000:]
+    assert output.count("run folder:") == 2
+    return logs / "run"
 
 
-@pytest.fixture(scope="module")
-def whole(torchrun):
-    return torchrun(1, kill=False)
-
-
-@pytest.mark.parametrize("nodes", [1, 2])
-def test_torchrun_restarts_a_killed_process(torchrun, whole, nodes):
-    """On one node and on two: torchrun starts both processes again, and they go on."""
-    folder = torchrun(nodes, kill=True)
-    assert [record["epoch"] for record in log(folder)] == list(range(6))
-    assert kill_and_resume.same(kill_and_resume.weights(folder), kill_and_resume.weights(whole))
+def test_torchrun_restarts_a_killed_process(images, tmp_path_factory):
+    """Both processes start again and go on: killed in another epoch and on two nodes, a run ends with the same weights.
+    """
+    folders = [torchrun(images, tmp_path_factory.mktemp("logs"), nodes, epochs) for nodes, epochs in ((1, 1), (2, 2))]
+    for folder in folders:
+        assert [record["epoch"] for record in log(folder)] == list(range(4))
+    assert kill_and_resume.same(*map(kill_and_resume.weights, folders))
 
 
 def children(pid):

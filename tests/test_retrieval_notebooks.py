@@ -1,7 +1,6 @@
 """The three notebooks of retrieval/ run in their order on small arrays, and are thin: settings, calls, no results."""
 import nbformat
 import numpy as np
-import papermill
 import pytest
 import retrieval_world
 from conftest import ROOT
@@ -15,26 +14,25 @@ SETTINGS = {
     "compute_metrics": {"shortlist": [10, 25]}}
 
 
-def outputs_of(name, folder, **settings):
-    """Run a notebook with settings -> what its cells showed, as text."""
-    done = papermill.execute_notebook(
-        str(ROOT / f"retrieval/{name}.ipynb"), str(folder / f"{name}.ipynb"), cwd=str(ROOT / "retrieval"),
-        kernel_name="python3", progress_bar=False, log_output=False,
-        parameters={"root": f"{folder}/in", "output": str(folder)} | SETTINGS[name] | settings)
-    return "".join(str(output.get("data", {}).get("text/html", "")) for cell in done.cells
-                   for output in cell.get("outputs", []))
+@pytest.fixture
+def execute(notebook, tmp_path):
+    """execute("faiss_nn", k=5) -> what its cells showed, as HTML."""
+    def start(name, **settings):
+        shown = notebook(f"retrieval/{name}", root=f"{tmp_path}/in", output=str(tmp_path), **SETTINGS[name] | settings)
+        return "".join(str(output.get("data", {}).get("text/html", "")) for output in shown)
+    return start
 
 
-def test_the_notebooks_run_one_after_another(tmp_path):
+def test_the_notebooks_run_one_after_another(execute, tmp_path):
     retrieval_world.write(tmp_path / "in", WORLD)
-    assert "exactl2_8dim_100shortlist_1K.npy" in outputs_of("faiss_nn", tmp_path)
+    assert "exactl2_8dim_100shortlist_1K.npy" in execute("faiss_nn")
     I = np.load(tmp_path / "neighbors/mrl/exactl2_8dim_100shortlist_1K.npy")
     assert_nearest(WORLD[0], WORLD[2], 8, I)
-    assert "8dim-cascade[16,32]_shortlist[20,10]" in outputs_of("reranking", tmp_path)
-    outputs_of("reranking", tmp_path, funnel=False, shortlist=40)
+    assert "8dim-cascade[16,32]_shortlist[20,10]" in execute("reranking")
+    execute("reranking", funnel=False, shortlist=40)
     adaptive = np.load(tmp_path / "neighbors/reranked/mrl/8dim-reranked32_40shortlist_1K_exactl2.npy")
     assert_nearest(WORLD[0], WORLD[2], 32, adaptive, among=I[:, :40])
-    shown = outputs_of("compute_metrics", tmp_path)
+    shown = execute("compute_metrics")
     assert [shown.count(f">{kind}<") for kind in ("single-shot", "adaptive", "funnel")] == [2, 2, 2]
     top1 = (WORLD[1][I[:, 0]] == WORLD[3]).mean()
     assert f"{top1:.2%}" in shown

@@ -19,9 +19,9 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture
-def retrieve(run, folders):
-    def start(command, **options):
-        return run("retrieval", f"retrieve.py {command} --embeddings {folders[0]} --output {folders[1]}", **options)
+def retrieve(run_here, folders):
+    def start(command):
+        return run_here("retrieval", f"retrieve.py {command} --embeddings {folders[0]} --output {folders[1]}")
     return start
 
 

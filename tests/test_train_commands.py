@@ -39,7 +39,7 @@ def only_run(folder):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, ffcv_folder, run):
+def trained(tmp_path_factory, ffcv_folder, run, run_here):
     """trained("mrl", processes) -> the run folder that the command leaves; each trained once."""
     runs = {}
 
@@ -47,7 +47,7 @@ def trained(tmp_path_factory, ffcv_folder, run):
         if (kind, processes) not in runs:
             folder = tmp_path_factory.mktemp(f"{kind}{processes}")
             changes = ["--training.distributed=0"] * (processes == 1) + ["--logging.tensorboard=1"] * (kind == "mrl_e")
-            done = run("train", command(MODELS[kind], folder, ffcv_folder, *changes))
+            done = (run_here if processes == 1 else run)("train", command(MODELS[kind], folder, ffcv_folder, *changes))
             runs[kind, processes] = done, only_run(folder)
         return runs[kind, processes]
     return train
@@ -150,10 +150,10 @@ def ordered_halves(images):
         yield np.array(list(sampler))
 
 
-def test_weights_can_be_validated_alone(trained, ffcv_folder, run, tmp_path):
+def test_weights_can_be_validated_alone(trained, ffcv_folder, run_here, tmp_path):
     _, folder = trained("mrl", 2)
-    done = run("train", command(MODELS["mrl"], tmp_path, ffcv_folder, "--training.distributed=0",
-                                f"--training.eval_only=1 --training.path={folder}/final_weights.pt"))
+    done = run_here("train", command(MODELS["mrl"], tmp_path, ffcv_folder, "--training.distributed=0",
+                                     f"--training.eval_only=1 --training.path={folder}/final_weights.pt"))
     (record,) = map(json.loads, (folder / "log").read_text().splitlines())
     for key in ("top_1_8", "top_5_2048", "val_loss_8"):
         assert f"{key}: {record[key]:.4f}" in done.stdout

@@ -16,19 +16,19 @@ import mrl_files
 import mrl_models
 
 
-def test_103_images_on_1_and_on_3_processes(tmp_path, run):
+def test_103_images_on_1_and_on_3_processes(tmp_path, run, run_here):
     """The same counts and the same loss, though 103 divides by neither 3 nor the batch."""
     images = kill_and_resume.make_images(tmp_path, 103)
     torch.manual_seed(0)
     model = mrl_models.build_model("resnet18", "mrl", num_classes=2, blurpool=False)
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     records = []
-    for processes in (1, 3):
+    for processes, start in ((1, run_here), (3, run)):
         words = kill_and_resume.command(images, tmp_path, f"on{processes}", "--training.eval_only=1",
                                         f"--training.path={tmp_path}/weights.pt", "--training.distributed=1",
                                         f"--dist.world_size={processes}", f"--dist.port={free_port()}",
                                         "--validation.batch_size=8")
-        run("train", words[1:])
+        start("train", words[1:])
         record = json.loads((tmp_path / f"on{processes}/log").read_text())
         records.append({k: v for k, v in record.items() if k.startswith(("top", "val_loss", "val_images"))})
     assert records[0]["val_images"] == 103 and len({records[0][f"top_1_{d}"] for d in (8, 16, 32, 64, 512)}) > 1

@@ -118,20 +118,21 @@ def test_paths_are_relative_to_where_the_user_stands(tmp_path):
             "--cfg.write_path=out/val_16_uncompressed.ffcv"} <= set(words)
 
 
-def test_which_images_become_jpegs_does_not_change(image_tree, run, tmp_path):
+def test_which_images_become_jpegs_does_not_change(image_tree, run_here, tmp_path):
     modes = []
     for name in ("a.ffcv", "b.ffcv"):
-        run("train", f"{ARGUMENTS} --cfg.data_dir={image_tree}/train --cfg.write_path={tmp_path}/{name} "
-                     "--cfg.write_mode=proportion --cfg.compress_probability=0.3 --cfg.subset=30")
+        run_here("train", f"{ARGUMENTS} --cfg.data_dir={image_tree}/train --cfg.write_path={tmp_path}/{name} "
+                          "--cfg.write_mode=proportion --cfg.compress_probability=0.3 --cfg.subset=30")
         modes.append(Reader(f"{tmp_path}/{name}").metadata["f0"]["mode"])
     assert len(modes[0]) == 30
     np.testing.assert_array_equal(*modes)
 
 
-def test_an_unreadable_image_is_named_and_nothing_written(image_tree, run, tmp_path):
+def test_an_unreadable_image_is_named_and_nothing_written(image_tree, run_here, tmp_path):
     shutil.copytree(image_tree / "val", tmp_path / "images")
     (tmp_path / "images/class1/0.jpg").write_bytes(b"no image")
-    done = run("train", f"{ARGUMENTS} --cfg.data_dir={tmp_path}/images --cfg.write_path={tmp_path}/a.ffcv", check=False)
+    done = run_here("train", f"{ARGUMENTS} --cfg.data_dir={tmp_path}/images --cfg.write_path={tmp_path}/a.ffcv",
+                    check=False)
     assert done.returncode == 1 and "class1/0.jpg" in done.stderr and "Traceback" not in done.stderr
     assert "error: --cfg.data_dir" in done.stderr and "1 of 34 images cannot be read" in done.stderr
     assert not list(tmp_path.glob("*.ffcv")) + list(tmp_path.glob(".*.ffcv"))

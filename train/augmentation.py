@@ -34,17 +34,25 @@ def mix(x):
     return x ^ (x >> S31)
 
 
-_mix = numba.njit(mix)
+def keep_compiled(function, *signature):
+    """numba's compiler, which keeps what it made for the next start where there is a folder to keep it in."""
+    try:
+        return numba.njit(*signature, cache=True)(function)
+    except RuntimeError:      # read-only checkout, and no home
+        return numba.njit(*signature)(function)
 
 
-@numba.njit
+_mix = keep_compiled(mix)
+
+
+@keep_compiled
 def uniform(key, draw, low, high):
     """The draw-th number of a key, uniform in [low, high)."""
     bits = _mix(key + np.uint64(draw) * GOLDEN)
     return low + (high - low) * (np.float64(bits >> S11) / 9007199254740992.0)      # 53 bits over 2**53
 
 
-@numba.njit
+@keep_compiled
 def random_crop(key, height, width, scale=SCALE):
     """-> top, left, height, width: area and log aspect ratio uniform, as torchvision and FFCV draw them."""
     for attempt in range(ATTEMPTS):
@@ -67,14 +75,14 @@ def centre_crop(height, width, _, ratio):
     return (height - side) // 2, (width - side) // 2, side, side
 
 
-@numba.njit
+@keep_compiled
 def augment(image, key, flip_below):
     """What is done to a crop that has its final size, uint8 [R, R, 3], in place."""
     if uniform(key, FLIP, 0.0, 1.0) < flip_below:
         mirror(image)
 
 
-@numba.njit
+@keep_compiled
 def mirror(image):
     """Flip an image [H, W, 3] left to right, in place."""
     last = image.shape[1] - 1

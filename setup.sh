@@ -41,12 +41,17 @@ choose_installer() {
   else say "uv cannot be had; pip takes longer"; fi
 }
 
-install() {      # of uv's words all but the list of packages
+install() {      # the lines of requirements.txt that it is given
   if [ -n "$uv" ]; then
-    (eval "$("$python" setup/uv_settings.py)"; "$uv" pip install --python "$python" "$@" 2>&1 | sed -u '/^ [-+~] /d' >&2)
-  else
-    "$python" -m pip install -q --disable-pip-version-check --root-user-action=ignore "$@" >&2
+    install_with_uv "$1" && return
+    say "uv could not; pip tries"
   fi
+  "$python" -m pip install -q --disable-pip-version-check --root-user-action=ignore -r <(echo "$1") >&2
+}
+
+install_with_uv() {      # shows of its words all but the list of packages
+  (eval "$("$python" setup/uv_settings.py)"
+   "$uv" pip install --python "$python" -r <(echo "$1") 2>&1 | sed -u '/^ [-+~] /d' >&2)
 }
 
 install_packages() {
@@ -54,7 +59,7 @@ install_packages() {
   ours || ! has torch torchvision || skip+='|^torch'      # keep the PyTorch that is there, and FAISS with GPUs
   if "$python" -c "import faiss; faiss.StandardGpuResources" 2>/dev/null; then skip+='|^faiss'; fi
   say "installing the Python packages (new ones are 2.5 GB to download, most of it CUDA for PyTorch)"
-  install -r <(grep -vE "$skip" requirements.txt)
+  install "$(grep -vE "$skip" requirements.txt)"
 }
 
 # ---- FFCV
@@ -83,7 +88,7 @@ install_headers() {      # what FFCV is compiled against
 install_ffcv() {
   install_headers || return 1
   say "compiling FFCV"
-  (export PKG_CONFIG_PATH=$pc${PKG_CONFIG_PATH:-}; install -r <(grep ^ffcv requirements.txt))
+  (export PKG_CONFIG_PATH=$pc${PKG_CONFIG_PATH:-}; install "$(grep ^ffcv requirements.txt)")
 }
 
 # ---- all of it

@@ -89,9 +89,9 @@ def test_the_average_is_validated_and_saved(train, capsys):
     (record,) = map(json.loads, (folder / "log").read_text().splitlines())
     assert record["ema_val_loss_8"] != record["val_loss_8"] and 0 <= record["ema_top_1_8"] <= record["ema_top_5_8"] == 1
     average, last = (mrl_models.load_model(folder / f"final_weights{end}.pt") for end in ("_ema", ""))
-    assert average.spec == last.spec and not torch.equal(average.conv1.weight, last.conv1.weight)
+    assert average.spec == last.spec and not torch.equal(average.conv1[0].weight, last.conv1[0].weight)
     ema = torch.load(folder / "checkpoint.pt")["ema"]
-    assert ema["n_averaged"] == 3 and torch.equal(ema["module.conv1.weight"], average.conv1.weight)
+    assert ema["n_averaged"] == 3 and torch.equal(ema["module.conv1.0.weight"], average.conv1[0].weight)
 
 
 def test_a_run_goes_on_only_as_it_began(train, monkeypatch):

@@ -69,13 +69,27 @@ def locked(path, busy=None):
             raise
         print(f"{path}: no locks on this file system; start one command at a time", file=sys.stderr)
         file = None
+    HELD.add(file)
     try:
         yield
     finally:
         name.unlink(missing_ok=True)                 # while it is held: nobody else's is removed
+        HELD.discard(file)
         if file:
-            fcntl.flock(file, fcntl.LOCK_UN)         # a forked worker may still hold the file open
             file.close()
+
+
+HELD = set()      # the files of this process's locks
+
+
+def let_go():
+    """In a forked worker: it would hold the locks of a process that was killed until it notices, seconds later."""
+    for file in HELD - {None}:
+        file.close()
+    HELD.clear()
+
+
+os.register_at_fork(after_in_child=let_go)
 
 
 def open_locked(name, how):

@@ -3,6 +3,7 @@ import ast
 import errno
 import fcntl
 import json
+import os
 import re
 import threading
 import time
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+import mrl_files
 from mrl_files import (
     InputError,
     check_labels,
@@ -91,6 +93,18 @@ def test_locked_after_waiting_for_a_file_that_is_gone(tmp_path, monkeypatch, cap
         assert not inside
     waiting.join(10)
     assert inside == ["waited"] and not any(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_worker_holds_no_lock(tmp_path):
+    """A process that is killed leaves its workers behind for seconds; who goes on at once must get in."""
+    with locked(tmp_path / "a"):
+        (file,) = mrl_files.HELD
+        if not (worker := os.fork()):
+            os._exit(not file.closed)
+        assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 0 and not file.closed
+        with pytest.raises(InputError, match="in use"), locked(tmp_path / "a", "in use"):
+            pass
 
 
 def test_locked_on_a_file_system_without_locks(tmp_path, monkeypatch, capsys):

@@ -101,7 +101,7 @@ def alone(rehearsal):
     r, weights = rehearsal, f"{rehearsal.runs}/mrl/final_weights.pt"
     r.in_turn({
         **{run: r.train(run, *head) for run, head in HEADS.items()},
-        "folder": r.train("folder", *(f"--data.{split}_dataset={r.folder}/images" for split in ("train", "val"))),
+        "folder": r.train("folder", *(f"--data.{split}_dataset={r.folder}/sets/val" for split in ("train", "val"))),
         "compiled": r.train("compiled", "--training.compile=1", "--training.epochs=1"),
         "recipe": r.train("recipe", *kill_and_resume.RECIPE),
         "validated": r.train("validated", "--training.eval_only=1", f"--training.path={weights}"),

@@ -142,7 +142,8 @@ class FolderLoader:
         # its own generator: DataLoader draws from one, and training's may not depend on that
         self.batches = DataLoader(Crops(images, crop), batch_sampler=batches, num_workers=num_workers,
                                   pin_memory=self.device.type == "cuda", persistent_workers=True,
-                                  generator=torch.Generator(), worker_init_fn=leave_endings_to_the_first)
+                                  multiprocessing_context="fork", generator=torch.Generator(),
+                                  worker_init_fn=leave_endings_to_the_first)
 
     def __len__(self):
         return len(self.batches)

@@ -42,9 +42,9 @@ def other(tmp_path_factory):
             assert shards.join()
             yield second
         finally:
-            leave_group(together=False)
             second.kill()
             second.communicate()
+            leave_group()      # else the tests after these would be in it too
 
 
 @pytest.fixture

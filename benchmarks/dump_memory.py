@@ -30,7 +30,7 @@ def dump(folder, width):
 def peak_mb(n, width):
     with tempfile.TemporaryDirectory() as folder:
         make_images(Path(folder, "tree"), n, 16, different=10)      # the others are links to these
-        time, peak = watch([sys.executable, __file__, "--features", str(width), "--dump", folder])
+        time, peak, _ = watch([sys.executable, __file__, "--features", str(width), "--dump", folder])
         assert len(np.load(Path(folder, "1K_train_m-y.npy"))) == n
     print(f"{n:>8} images: peak {peak:7.1f} MB private, {time:5.1f} s", flush=True)
     return peak

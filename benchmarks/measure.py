@@ -1,6 +1,7 @@
 """What the benchmarks share: the machine, seconds, private memory, made-up pictures, and how a figure is shown."""
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -47,24 +48,33 @@ def take_turns(works, rounds, device="cpu", repeat=1):
 
 def private_mb(pid):
     """RssAnon of a process and its children, MB: the pages of mapped files do not count. 0 once it has ended."""
+    return memory_mb(pid)[0]
+
+
+def memory_mb(pid):
+    """-> [RssAnon, RssFile] of a process and its children, MB: private memory, and the pages of mapped files (programs
+    among them), which the system may take back. 0 once it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
     except (FileNotFoundError, ProcessLookupError):
-        return 0
-    own = next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
-    return own + sum(map(private_mb, children))
+        return np.zeros(2)
+    own = [float(found[1]) / 1024 if (found := re.search(rf"{kind}:\s+(\d+)", status)) else 0
+           for kind in ("RssAnon", "RssFile")]
+    return sum(map(memory_mb, children), np.array(own))
 
 
 def watch(command):
-    """Run a command -> (seconds, its peak private MB, sampled 50 times a second)."""
-    process, peak, start = subprocess.Popen(command), 0, time.perf_counter()
+    """Run a command -> (seconds, its peak private MB, the peak of private and mapped MB together), sampled 50 times a
+    second."""
+    process, peaks, start = subprocess.Popen(command), np.zeros(2), time.perf_counter()
     while process.poll() is None:
-        peak = max(peak, private_mb(process.pid))
+        private, mapped = memory_mb(process.pid)
+        peaks = np.maximum(peaks, [private, private + mapped])
         time.sleep(0.02)
     if process.returncode:
         sys.exit(f"{' '.join(command)}: exit status {process.returncode}")
-    return time.perf_counter() - start, peak
+    return time.perf_counter() - start, *peaks
 
 
 def make_images(folder, count, pixels, different=250):

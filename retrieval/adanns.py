@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from faiss.contrib.ivf_tools import add_preassigned, search_preassigned
 from faiss_kernels import faiss
-from indexes import ROWS, Kind, build, choose_clusters, choose_probes, new_index
+from indexes import Kind, build, choose_clusters, choose_probes, new_index
 from matplotlib.figure import Figure
 from metrics import compute_metrics, count_mflops
 from neighbor_lists import read_list
@@ -33,6 +33,7 @@ COLUMNS = ("model", "method", "d_c", "d_s", "nlist", "nprobe", "bytes", "mflops"
            "top1", "1-recall@1", "40-recall@2048")
 # MFLOPs, and top-1 (%) there of IVF-RR and AdANNS-IVF on ImageNet-1K: the authors' adanns/ablations/plots.ipynb.
 AUTHORS = (1.285263, 68.74, 70.13)
+ROWS = 65536              # that are put into clusters at a time
 CLUSTERED = Kind("IVF{nlist},Flat", zero=np.nan)
 QUANTISERS = {"PQ": Kind("PQ{m}np"), "OPQ": Kind("OPQ{m},PQ{m}np")}
 

@@ -5,6 +5,7 @@
 A new kind is a new row: every command, the report and the serving index take it.
 """
 import time
+from mmap import MADV_DONTNEED, mmap
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,8 @@ from mrl_files import InputError, read_json
 
 EF_SEARCH = 64                # candidates that a graph search keeps, at least
 FAR = 4                       # from the origin, where a graph has vectors of zeros: 3 or more from all unit vectors
-ROWS = 65536                  # added to an index at a time
+ADDED = 2 ** 24               # bytes of float32 that are added to an index at a time
+SAMPLED = 1024                # rows read at a time, far apart: with each the system maps 64 KiB of a file
 
 
 class Kind(NamedTuple):
@@ -108,7 +110,11 @@ def shorten_rotation(index):
 
 def take_sample(xb, dim, rows):
     """-> [<= rows, dim] float32 of length 1, evenly spaced over the database; without zeros and what is not finite."""
-    sample = np.array(xb[np.unique(np.linspace(0, len(xb) - 1, rows).astype(int)), :dim], np.float32, order="C")
+    places = np.unique(np.linspace(0, len(xb) - 1, rows).astype(int))
+    sample = np.empty((len(places), dim), np.float32)
+    for lo in range(0, len(places), SAMPLED):
+        sample[lo:lo + SAMPLED] = xb[places[lo:lo + SAMPLED], :dim]
+        release_pages(xb)
     sample = sample[np.isfinite(sample).all(1) & sample.any(1)]
     faiss.normalize_L2(sample)
     return sample
@@ -134,20 +140,30 @@ def build(xb, new, prepare, file=None, record=None):
 
     It is kept in `file` every minute, so that an interrupted build is completed.
     """
-    started = saved = time.monotonic()
+    started, step = time.monotonic(), max(1, ADDED // (4 * xb.shape[1]))
+    saved = started
     going_on = file and has_record(file, record)
     index, before = (read_index(file), read_json(record_file(file)).get("seconds", 0)) if going_on else (new(), 0)
     for store in list_stores(index):
         reserve(store, len(xb))
     with tqdm(total=len(xb), initial=index.ntotal, desc="index", unit="row", delay=2, leave=False) as bar:
-        for lo in range(index.ntotal, len(xb), ROWS):
-            rows = prepare(lo, xb[lo:lo + ROWS])
-            index.add(rows)
-            bar.update(len(rows))
+        for lo in range(index.ntotal, len(xb), step):
+            index.add(prepare(lo, xb[lo:lo + step]))      # unnamed: none is kept while the next is prepared
+            release_pages(xb)
+            bar.update(index.ntotal - lo)
             if file and (index.ntotal == len(xb) or time.monotonic() - saved > 60):
                 saved = time.monotonic()
                 write_index(index, file, record | {"seconds": before + saved - started})
     return index
+
+
+def release_pages(x):
+    """Of a memory-mapped array: what was read of it no longer counts as this process's memory (it may stay in the
+    system's cache). Where processes are held to a limit, their mapped pages often count."""
+    while isinstance(x, np.ndarray):
+        x = x.base
+    if isinstance(x, mmap):
+        x.madvise(MADV_DONTNEED)
 
 
 def list_stores(index):

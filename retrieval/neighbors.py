@@ -31,8 +31,9 @@ PRODUCTS = 2 ** 28            # that torch holds at a time: 1 GiB
 class Zeros:
     """Counts the database vectors that are zero in their first `dim` numbers, and says so once."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, kind=None):
         self.dim, self.count, self.rows, self.told = dim, 0, 0, False
+        self.end = "left out of the index" if kind and np.isnan(kind.zero) else "cosine 0 to all, found last"
 
     def add(self, count, rows):
         self.count, self.rows = self.count + int(count), self.rows + rows
@@ -40,7 +41,7 @@ class Zeros:
     def tell(self):
         if self.count and not self.told:
             print(f"note: {self.count} of {self.rows} vectors of the database are zero in their first {self.dim} "
-                  "numbers: cosine 0 to all, found last", file=sys.stderr)
+                  f"numbers: {self.end}", file=sys.stderr)
         self.told = True
 
 
@@ -92,22 +93,23 @@ def search(xb, xq, retrieval_dim, k, index="exactl2", **options):
 
 
 def searcher(xb, retrieval_dim, index="exactl2", file=None, record=None, device="auto", memory_gb=MEMORY_GB,
-             nlist=None, nprobe=None):
+             nlist=None, nprobe=None, row=0):
     """Prepare a database once -> find(xq, k) -> D, I.
 
     index: a row of indexes.INDEXES. file, record: where to keep the built index, and what it must have been made from
     to be used again. device: auto, cpu or cuda, for exact search (the others are searched on the CPU). Exact search of
     more than memory_gb of prefixes keeps nothing: each call reads xb in blocks of that size. nlist: clusters of an IVF
-    index; nprobe: those that a search visits (see indexes.choose_clusters, choose_probes).
+    index; nprobe: those that a search visits (see indexes.choose_clusters, choose_probes). row: the number that errors
+    give to xb's first.
     """
     kind, dim, device = find_kind(index), check_size(xb, retrieval_dim), choose_device(device)
-    zeros, block = Zeros(dim), rows_in_memory(dim, memory_gb)
+    zeros, block = Zeros(dim, kind), rows_in_memory(dim, memory_gb)
     if kind.exact and len(xb) > block:
-        find_unit = search_blocks(xb, dim, block, zeros, device)
+        find_unit = search_blocks(xb, dim, block, zeros, device, row)
     else:
         check_probes(kind, len(xb), nlist, nprobe)
         built = build(xb, lambda: new_index(xb, dim, kind, nlist=nlist),
-                      lambda lo, rows: unit(rows, dim, first=lo, zeros=zeros, zero=kind.zero), file, record)
+                      lambda lo, rows: unit(rows, dim, first=row + lo, zeros=zeros, zero=kind.zero), file, record)
         zeros.tell()
         find_unit = search_flat(built, device) if kind.exact else search_index(built, nprobe)
 
@@ -147,18 +149,18 @@ def search_flat(built, device):
     return find_unit
 
 
-def search_blocks(xb, dim, block, zeros, device):
+def search_blocks(xb, dim, block, zeros, device, row):
     def find_unit(q, k):
-        found = search_exactly(unit_blocks(xb, dim, block, zeros), q, k, device)
+        found = search_exactly(unit_blocks(xb, dim, block, zeros, row), q, k, device)
         zeros.tell()
         return found
     return find_unit
 
 
-def unit_blocks(xb, dim, block, zeros):
+def unit_blocks(xb, dim, block, zeros, row=0):
     """Yield (number of the first row, [<= block, dim] unit vectors) over the database."""
     for lo in tqdm(range(0, len(xb), block), desc="blocks", delay=2, leave=False):
-        yield lo, unit(xb[lo:lo + block], dim, first=lo, zeros=zeros)
+        yield lo, unit(xb[lo:lo + block], dim, first=row + lo, zeros=zeros)
 
 
 def search_exactly(blocks, q, k, device):

@@ -7,7 +7,8 @@
 
 A point is a row of the database. Its vectors are named by their sizes, cut and brought to length 1 here, and compared
 by inner product, which is then their cosine. So a vector of zeros stays one, and has cosine 0 to all, as it has in
-exact search. Only the smallest size has a graph, for the first stage; the others are looked up. All lie on disk.
+exact search. Only the smallest size has a graph, for the first stage; the others are looked up. All lie on disk; the
+smallest may have a copy of 8 bits a number in memory.
 stages.py writes what comes out of here to files.
 """
 import os
@@ -30,11 +31,12 @@ KEY = "QDRANT_API_KEY"    # the environment variable with a server's key: a flag
 
 
 class Collection(NamedTuple):
-    """What is made where there is none of this name."""
+    """What is made where there is none of this name, and must fit one that there is."""
     name: str
     sizes: tuple                         # of the vectors; the smallest has the graph
-    shards: int | None = None            # None: as many as the server makes
+    shards: int | None = None            # None: as many as the server makes, or has
     replicas: int | None = None
+    quantize: bool = False               # the smallest in 8 bits a number too, kept in memory
 
 
 # ------------------------------------------------------------------------------------------------ a connection
@@ -96,24 +98,45 @@ def batch_rows(rows, sizes, lo, zeros):
 
 
 def ensure_collection(client, collection, record):
-    """Make it, or check that what there is under its name has these sizes and was made from these embeddings."""
+    """Make it, or check that what there is under its name is what is asked for, made from these embeddings."""
     if not client.collection_exists(collection.name):
-        client.create_collection(collection.name, describe_vectors(collection.sizes), metadata=record,
+        client.create_collection(collection.name, describe_vectors(collection), metadata=record,
                                  shard_number=collection.shards, replication_factor=collection.replicas)
     config = client.get_collection(collection.name).config
-    another = f"collection {collection.name} {{}} give another --collection, or delete it"
-    if (config.metadata or {}) != record:
-        raise InputError(another.format("was made from other embeddings, or not by this command on Qdrant 1.16 or "
-                                        "later;"))
-    held = sorted(map(int, config.params.vectors))
-    if held != (wanted := sorted(collection.sizes)):
-        raise InputError(another.format(f"holds the sizes {held}, not {wanted}; name them after --sizes,"))
+    complaint = "was made from other embeddings, or not by this command on Qdrant 1.16 or later;" \
+        if (config.metadata or {}) != record else find_difference(config.params, collection)
+    if complaint:
+        raise InputError(f"collection {collection.name} {complaint} give another --collection, or delete it")
 
 
-def describe_vectors(sizes):
+def find_difference(params, collection):
+    """-> what of a collection there is is not as asked for; None if all is."""
+    held, wanted = sorted(map(int, params.vectors)), sorted(collection.sizes)
+    if held != wanted:
+        return f"holds the sizes {held}, not {wanted}; name them after --sizes,"
+    if (params.vectors[str(wanted[0])].quantization_config is not None) != collection.quantize:
+        return f"was made with{'out' if collection.quantize else ''} --quantize; leave that as it was,"
+    for flag, asked, has in (("--shards", collection.shards, params.shard_number),
+                             ("--replicas", collection.replicas, params.replication_factor)):
+        if asked not in (None, has):
+            return f"has {has} where {flag} is {asked}; leave the flag out,"
+    return None
+
+
+def describe_vectors(collection):
+    """All vectors lie on disk. The smallest has the graph and, quantized, a copy in memory: 8 bits a number."""
     from qdrant_client.models import Distance, HnswConfigDiff, VectorParams
-    return {str(size): VectorParams(size=size, distance=Distance.DOT, on_disk=True,
-                                    hnsw_config=HnswConfigDiff(m=LINKS if size == min(sizes) else 0)) for size in sizes}
+    vectors = {str(size): VectorParams(size=size, distance=Distance.DOT, on_disk=True, hnsw_config=HnswConfigDiff(m=0))
+               for size in collection.sizes}
+    first = vectors[str(min(collection.sizes))]
+    first.hnsw_config.m = LINKS
+    first.quantization_config = describe_quantization() if collection.quantize else None
+    return vectors
+
+
+def describe_quantization():
+    from qdrant_client.models import ScalarQuantization, ScalarQuantizationConfig, ScalarType
+    return ScalarQuantization(scalar=ScalarQuantizationConfig(type=ScalarType.INT8, always_ram=True))
 
 
 def check_count(client, name, n):
@@ -150,9 +173,10 @@ def query(client, name, xq, retrieval_dim, rerank_dims, shortlists, first=0):
 
 def nest(sizes, vectors, shortlists):
     """-> the request for one query: each stage orders what the one inside it kept, as many as the next one compares."""
-    from qdrant_client.models import Prefetch, QueryRequest, SearchParams
-    stage = Prefetch(query=vectors[0], using=str(sizes[0]), limit=shortlists[0],
-                     params=SearchParams(hnsw_ef=max(shortlists[0], EF_SEARCH)))
+    from qdrant_client.models import Prefetch, QuantizationSearchParams, QueryRequest, SearchParams
+    # rescore: the next stage compares the first one's finds anew; at its own size they would be read from disk for it.
+    search = SearchParams(hnsw_ef=max(shortlists[0], EF_SEARCH), quantization=QuantizationSearchParams(rescore=False))
+    stage = Prefetch(query=vectors[0], using=str(sizes[0]), limit=shortlists[0], params=search)
     for size, vector, (_, kept) in zip(sizes[1:], vectors[1:], pairwise(shortlists), strict=False):
         stage = Prefetch(query=vector, using=str(size), limit=kept, prefetch=stage)
     return QueryRequest(query=vectors[-1], using=str(sizes[-1]), limit=shortlists[-1], prefetch=stage)

@@ -18,6 +18,7 @@ import argparse
 
 import adanns
 import pandas as pd
+import shards
 from adanns import BYTES
 from indexes import INDEXES, STORES
 from metrics import KS
@@ -26,7 +27,7 @@ from report import choose_sizes, format_table, report, report_file, write_table
 from stages import ensure_asked, ensure_neighbors, ensure_reranked, ensure_serving_index, score, score_all
 from study import MODELS, PROJECTIONS, Study, Task
 
-from mrl_files import bounded, command_line, file_path
+from mrl_files import bounded, command_line, file_path, leave_group
 
 COUNT = bounded(int, 1)
 
@@ -38,6 +39,8 @@ def arguments():
         command = commands.add_parser(name, help=run.__doc__.splitlines()[0])
         command.set_defaults(run=run)
         add_common(command)
+        if name != "qdrant":
+            add_search_place(command)
         add(command)
         if name in FIRST_STAGE:
             add_first_stage(command, several_indexes=name == "report")
@@ -54,6 +57,10 @@ def add_common(command):
     add("--dataset", default=default.dataset, help="1K, V2, 4K or another name that the files begin with (%(default)s)")
     add("--model", default=default.model, choices=MODELS, help="(%(default)s)")
     add("--csv", action="store_true", help="lists as header-less CSV, the original's format, not .npy")
+
+
+def add_search_place(command):
+    add, default = command.add_argument, Task()
     add("--memory_gb", type=float, default=default.memory_gb,
         help="of vectors held at once; a larger exact search reads the file in blocks (%(default)s)")
     add("--device", default=default.device, choices=("auto", "cpu", "cuda"), help="for exact search (%(default)s)")
@@ -129,8 +136,10 @@ def add_qdrant(command):
                        help="folder for Qdrant's local mode: for trials, slow (without --url and --path: in memory)")
     command.add_argument("--collection", help="(<dataset>_<model>)")
     command.add_argument("--sizes", type=COUNT, nargs="+", help="that the collection holds (those of the query)")
-    command.add_argument("--shards", type=COUNT, help="of a new collection (the server's default)")
+    command.add_argument("--shards", type=COUNT, help="of the collection (the server's default)")
     command.add_argument("--replicas", type=COUNT, help="of each shard (the server's default)")
+    command.add_argument("--quantize", action="store_true",
+                         help="--retrieval_dim's vectors in 8 bits a number too, kept in memory")
     command.add_argument("--retrieval_dim", type=COUNT, required=True, help="size of the first stage: D_s")
     command.add_argument("--rerank_dims", type=COUNT, nargs="+", required=True, help="one after another")
     command.add_argument("--shortlists", type=COUNT, nargs="+", required=True, help="candidates kept at each of them")
@@ -187,7 +196,8 @@ def adanns_command(study, args):
 def qdrant_command(study, args):
     """embeddings uploaded to Qdrant, and adaptive or funnel retrieval by it"""
     print(ensure_asked(study, args.retrieval_dim, args.rerank_dims, args.shortlists, args.url, args.path,
-                       args.collection, args.sizes, shards=args.shards, replicas=args.replicas))
+                       args.collection, args.sizes, shards=args.shards, replicas=args.replicas,
+                       quantize=args.quantize))
 
 
 COMMANDS = {"search": (search_command, add_search), "rerank": (rerank_command, add_rerank),
@@ -199,7 +209,17 @@ FIRST_STAGE = ("search", "rerank", "funnel", "report", "index")      # the comma
 
 
 def main():
-    args = arguments().parse_args()
+    try:
+        if shards.join():
+            run_command(arguments().parse_args())
+            shards.dismiss()
+        else:
+            shards.serve()
+    finally:
+        leave_group()
+
+
+def run_command(args):
     given = {name: value for name, value in vars(args).items() if name in Task._fields}
     if args.command == "report":
         given["index"] = args.index[0]

@@ -32,7 +32,8 @@ def adaptive_index(xb, retrieval_dim, rerank_dim=None, index="hnsw32", shortlist
                          f"(the database has {len(xb)} vectors)")
     if storage not in STORES:
         raise InputError(f"unknown storage {storage!r}: {', '.join(STORES)}")
-    kind, zeros = find_kind(index), Zeros(retrieval_dim)
+    kind = find_kind(index)
+    zeros = Zeros(retrieval_dim, kind)
 
     def new():
         first, store = new_index(xb, retrieval_dim, kind, shortlist, nlist, nprobe), new_store(xb, rerank_dim, storage)

@@ -9,13 +9,14 @@
 the notebooks call these functions.
 """
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import neighbors
 import numpy as np
 import qdrant
 import serving
+import shards
 from indexes import INDEXES, find_kind
 from metrics import KS, compute_metrics, count_mflops, time_one_query
 from neighbor_lists import Recipe, list_file, list_files, parse_list_file, read_list, write_list
@@ -40,9 +41,8 @@ def ensure_neighbors(study, retrieval_dim, k=None):
     k = neighbors.check_queries(data.xb, data.xq, min(2048, len(data.xb)) if k is None else k)
 
     def prepare():
-        find = neighbors.searcher(data.xb, retrieval_dim, task.index, *index_file(task, data, retrieval_dim),
-                                  task.device, task.memory_gb, task.nlist, task.nprobe)
-        return lambda lo, hi: find(data.xq[lo:hi], k, lo)[1]
+        find = shards.searcher(study, retrieval_dim, *index_file(task, data, retrieval_dim))
+        return lambda lo, hi: find(lo, hi, k)[1]
 
     return ensure_list(task, data, Recipe(task.index, retrieval_dim, k), prepare,
                        count_queries(task, data, retrieval_dim, k))
@@ -51,14 +51,15 @@ def ensure_neighbors(study, retrieval_dim, k=None):
 def count_queries(task, data, retrieval_dim, k):
     """-> the queries of a chunk: as many as half of memory_gb holds, with their lists, where each chunk reads the whole
     database again."""
-    streamed = INDEXES[task.index].exact and len(data.xb) > neighbors.rows_in_memory(retrieval_dim, task.memory_gb)
+    part = -(-len(data.xb) // shards.world())
+    streamed = INDEXES[task.index].exact and part > neighbors.rows_in_memory(retrieval_dim, task.memory_gb)
     held = int(task.memory_gb / 2 * 1e9) // (4 * retrieval_dim + 32 * k)      # the lists so far and a block's, merged
     return max(SEARCH_QUERIES, held) if streamed else SEARCH_QUERIES
 
 
 def ensure_k_neighbors(study, retrieval_dim, k):
     """-> the shortest list there is of k neighbours or more; where there is none, one of k is made."""
-    task, record = study.task, study.data(retrieval_dim).record | study.task.probing
+    task, record = study.task, study.data(retrieval_dim).record | describe_search(study.task)
     there = list_files(task.output, task.dataset, task.model, lambda file, recipe: (
         recipe[:2] == (task.index, retrieval_dim) and not recipe.rerank_dims and recipe.k >= k
         and is_current(file, record)))
@@ -97,26 +98,32 @@ def ensure_served(study, retrieval_dim, rerank_dim, shortlist, storage):
     return ensure_list(study.task, data, recipe, prepare, SEARCH_QUERIES)
 
 
-def ensure_asked(study, retrieval_dim, rerank_dims, shortlists, url=None, path=None, name=None, sizes=None, **copies):
+def ensure_asked(study, retrieval_dim, rerank_dims, shortlists, url=None, path=None, name=None, sizes=None, **made):
     """-> the file of the list that Qdrant finds, with the embeddings uploaded first: see qdrant.py. A server's lists
-    have the index `qdrant`; those of local mode, which compares all vectors, `qdrantlocal`.
+    have the index `qdrant` (quantized: `qdrant_sq8`); those of local mode, which compares all vectors, `qdrantlocal`.
 
-    name: of the collection. sizes: those that it holds (those of this list). copies: shards, replicas.
+    name: of the collection. sizes: those that it holds (those of this list). made: shards, replicas, quantize, which
+    only a server has.
     """
     needed, rerank_dims, shortlists = (retrieval_dim, *rerank_dims), tuple(rerank_dims), tuple(shortlists)
     check_stages(study.task, rerank_dims, shortlists)
     sizes = tuple(sorted({*(sizes or needed)}))
     check_held(sizes, needed)
+    if not url and any(made.values()):
+        raise InputError("--shards, --replicas, --quantize: Qdrant's local mode knows none of them; --url names a "
+                         "server")
     task, data = study.task, study.data(sizes[-1])
     neighbors.check_queries(data.xb, data.xq, shortlists[0])
-    collection = qdrant.Collection(name or f"{task.database}_{task.model}", sizes, **copies)
-    with closing(qdrant.connect(url, path)) as client:
-        qdrant.upload(client, collection, data.xb, {"database": data.record["database"]})
-
-        def find(lo, hi):
-            return qdrant.query(client, collection.name, data.xq[lo:hi], retrieval_dim, rerank_dims, shortlists, lo)
-        recipe = Recipe("qdrant" if url else "qdrantlocal", retrieval_dim, shortlists[0], rerank_dims, shortlists)
-        return ensure_list(task, data, recipe, lambda: find, qdrant.ROWS)
+    collection = qdrant.Collection(name or f"{task.database}_{task.model}", sizes, **made)
+    index = f"qdrant{'_sq8' if collection.quantize else ''}" if url else "qdrantlocal"
+    with ExitStack() as stack:
+        def prepare():
+            client = stack.enter_context(closing(qdrant.connect(url, path)))
+            qdrant.upload(client, collection, data.xb, {"database": data.record["database"]})
+            return lambda lo, hi: qdrant.query(client, collection.name, data.xq[lo:hi], retrieval_dim, rerank_dims,
+                                               shortlists, lo)
+        recipe = Recipe(index, retrieval_dim, shortlists[0], rerank_dims, shortlists)
+        return ensure_list(task, data, recipe, prepare, qdrant.ROWS)
 
 
 def check_held(sizes, needed):
@@ -141,7 +148,7 @@ def ensure_list(task, data, recipe, prepare, chunk, source=None):
     prepare() -> find(lo, hi) -> I [hi - lo, k] of those queries, `chunk` of them at a time. source: the list that is
     re-ranked.
     """
-    record = data.record | recipe._asdict() | task.probing
+    record = data.record | recipe._asdict() | describe_search(task)
     if source:
         record["source"] = {"file": source.name, "written_ns": source.stat().st_mtime_ns}
     if there := find_list(task, recipe, record):
@@ -151,8 +158,15 @@ def ensure_list(task, data, recipe, prepare, chunk, source=None):
         if not is_current(file, record):          # another process may have made it
             find = prepare()
             times = time_one_query(lambda i: find(i, i + 1), len(data.xq)) | {"before": read_times(source)}
-            write_list(file, record, (len(data.xq), recipe.length), find, chunk, **times)
+            write_list(file, record, (len(data.xq), recipe.length), find, chunk, processes=shards.world(), **times)
     return file
+
+
+def describe_search(task):
+    """-> what a list's record says of its index. Parts that are searched one by one give lists of their own, unless all
+    vectors are compared; None, as where nothing is said: one."""
+    parts = shards.world() if shards.world() > 1 and not INDEXES[task.index].exact else None
+    return task.probing | {"parts": parts}
 
 
 def find_list(task, recipe, record):
@@ -268,7 +282,7 @@ def score(study, file, ks=KS, truth=None):
     if truth is not None:
         accuracy["neighbors@10"] = (I[:, :10, None] == truth[:, None]).any(2).sum(1).mean() / 10
     return (describe(recipe, len(data.xb)) | {"top1": found[1]["topk"]} | accuracy
-            | describe_memory(study.task, data, recipe) | describe_times(file, len(I)))
+            | describe_memory(study.task, data, recipe, file) | describe_times(file, len(I)))
 
 
 def check_list_file(task, file):
@@ -290,15 +304,18 @@ def describe(recipe, n):
             "mflops": count_mflops(n, recipe.retrieval_dim, recipe.rerank_dims, recipe.shortlists)}
 
 
-def describe_memory(task, data, recipe):
+def describe_memory(task, data, recipe, file):
     """-> bytes a vector of the first stage's index (of a search that streams: its prefixes) and of what is re-ranked,
     as it lies in the embeddings' file (a serving index has both in its file); seconds that building the index took, NaN
     where none is kept."""
     served = recipe.storage and serving_suffix(recipe.rerank_dims[0], recipe.shortlists[0], recipe.storage)
-    file, _ = index_file(task._replace(index=recipe.index), data, recipe.retrieval_dim, served or "")
-    first = file.stat().st_size / len(data.xb) if file.exists() else 4 * recipe.retrieval_dim
+    whole, _ = index_file(task._replace(index=recipe.index), data, recipe.retrieval_dim, served or "")
+    parts = 1 if served else (read_json(record_file(file)) or {}).get("parts") or 1
+    files = [shards.part_file(whole, part, parts) for part in range(parts)]
+    there = all(part.exists() for part in files)
+    first = sum(part.stat().st_size for part in files) / len(data.xb) if there else 4 * recipe.retrieval_dim
     store = 0 if served else max(recipe.rerank_dims, default=0) * data.xb.itemsize
-    seconds = (read_json(record_file(file)) or {}).get("seconds", np.nan)
+    seconds = max((read_json(record_file(part)) or {}).get("seconds", np.nan) for part in files)
     return {"bytes_per_vector": first + store, "build_s": seconds}
 
 

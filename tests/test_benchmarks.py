@@ -107,7 +107,8 @@ def test_retrieval_speed(run_here):
 
 def test_retrieval_scale(run_here):
     shown = run_here("benchmarks", "retrieval_scale.py --n 3000 --queries 20").stdout
-    assert [float(gb) < 1 for gb in re.findall(rf"peak private memory ({NUMBER}) GB", shown)] == [True] * 3
+    assert [float(gb) < 1 for gb in re.findall(rf"peak private memory ({NUMBER}) GB", shown)] == [True] * 5
+    assert re.search(r"the index's file: .* bytes a vector", shown)
 
 
 def test_analysis(run_here):

@@ -127,9 +127,10 @@ def spawned(rehearsal):
 
 @pytest.fixture(scope="module")
 def torchruns(rehearsal, alone, spawned):
-    """torchrun's two processes go on with that run, then share an embedding dump."""
+    """torchrun's two processes go on with that run, then share an embedding dump, and a search."""
     rehearsal.in_turn({"resumed": ("train_imagenet.main", [f"--training.resume={rehearsal.runs}/two"]),
-                       "shared": rehearsal.infer("--retrieval", "--retrieval_array_path", rehearsal.folder / "shared")},
+                       "shared": rehearsal.infer("--retrieval", "--retrieval_array_path", rehearsal.folder / "shared"),
+                       "searched together": rehearsal.search("lists_together", "auto")},
                       "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}")
 
 
@@ -205,10 +206,11 @@ def test_embeddings_of_one_process_and_of_torchruns_two(rehearsal, torchruns):
     assert "rank0 _MainThread autocast torch.float16" in rehearsal.noted("embedded", ".*")
 
 
-def test_search_on_a_device(rehearsal, alone):
-    """The lists of the GPU's branch are those of the CPU's."""
-    cpu, gpu = (np.load(next((rehearsal.folder / f"lists_{device}").rglob("*.npy"))) for device in ("cpu", "cuda"))
-    assert [set(row) for row in cpu] == [set(row) for row in gpu]
+def test_search_on_a_device(rehearsal, torchruns):
+    """The lists of the GPU's branch, of one process or of two, are those of the CPU's."""
+    cpu, gpu, two = (np.load(next((rehearsal.folder / f"lists_{device}").rglob("*.npy")))
+                     for device in ("cpu", "cuda", "together"))
+    assert [set(row) for row in cpu] == [set(row) for row in gpu] == [set(row) for row in two]
 
 
 # ---- which GPU

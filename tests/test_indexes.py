@@ -1,8 +1,20 @@
 """indexes.py: how indexes are built, kept, completed and read again."""
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import retrieval_world
-from indexes import INDEXES, choose_clusters, choose_code, list_stores, new_index, read_index, reserve
+from indexes import (
+    INDEXES,
+    choose_clusters,
+    choose_code,
+    list_stores,
+    new_index,
+    read_index,
+    release_pages,
+    reserve,
+)
 from neighbors import searcher, unit
 
 from mrl_files import InputError
@@ -43,7 +55,7 @@ def test_an_index_is_kept_and_used_again_only_for_its_embeddings(world, tmp_path
 def test_an_interrupted_index_is_completed(world, tmp_path, monkeypatch):
     xb, _ = world
     file = tmp_path / "1K_16dim.index"
-    monkeypatch.setattr("indexes.ROWS", 1000)
+    monkeypatch.setattr("indexes.ADDED", 1000 * 4 * xb.shape[1])
     monkeypatch.setattr("time.monotonic", iter(range(0, 100_000, 61)).__next__)     # each step is a minute
     adds = []
 
@@ -79,3 +91,17 @@ def test_clusters_and_codes_that_fit():
 def test_too_few_vectors_for_a_product_quantiser(world):
     with pytest.raises(InputError, match="product quantisers need 256 vectors, the database has 255"):
         searcher(world[0][:255], 16, "ivf_pq")
+
+
+def mapped_mb():
+    return int(re.search(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def test_a_mapped_file_that_was_read_is_given_back(tmp_path):
+    np.save(tmp_path / "x.npy", np.ones((8192, 1024), np.float32))
+    x = np.load(tmp_path / "x.npy", mmap_mode="r")[5:]
+    assert x.sum() == 8187 * 1024
+    before = mapped_mb()
+    release_pages(x)
+    assert before - mapped_mb() > 30 and (x == 1).all()
+    release_pages(np.ones(3))      # not mapped: nothing to do

@@ -2,6 +2,7 @@
 import json
 import sys
 from contextlib import closing
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -12,23 +13,33 @@ import pytest
 import qdrant
 import rerank
 import retrieval_world
+import retrieve
 from conftest import free_port
 from qdrant import Collection
 from records import record_file
 from retrieval_world import assert_nearest, distances
-from stages import ensure_asked, score
+from stages import ensure_asked, ensure_reranked, score, score_all
 from study import Study, Task
 
 from mrl_files import InputError, read_json
 
 SIZES = (8, 16, 32)
-WORLD = retrieval_world.world(2000, 50, 32)
-SMALL = retrieval_world.world(300, 10, 32, seed=1)
+WORLD = retrieval_world.world(2000, 15, 32)
+SMALL = retrieval_world.world(300, 5, 32, seed=1)
+TINY = retrieval_world.world(60, 3, 32, seed=2)      # to be kept on disk
 
 
 @pytest.fixture
-def client(tmp_path):
-    with closing(qdrant.connect(path=str(tmp_path / "store"))) as client:
+def client():
+    with closing(qdrant.connect()) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def filled():
+    """A client whose collection "w" holds WORLD."""
+    with closing(qdrant.connect()) as client:
+        qdrant.upload(client, Collection("w", SIZES), WORLD[0], {})
         yield client
 
 
@@ -41,19 +52,23 @@ def assert_same(xb, xq, dim, found, expected):
 
 
 @pytest.mark.parametrize("rerank_dims, shortlists", [([32], [100]), ([16, 32], [200, 20]), ([8, 16, 32], [60, 30, 10])])
-def test_its_lists_are_our_funnels(client, rerank_dims, shortlists):
+def test_its_lists_are_our_funnels(filled, rerank_dims, shortlists):
     xb, _, xq, _ = WORLD
-    qdrant.upload(client, Collection("w", SIZES), xb, {})
     _, first = neighbors.search(xb, xq, 8, shortlists[0])
     expected = rerank.funnel(xb, xq, first, rerank_dims, shortlists)
-    assert_same(xb, xq, 32, qdrant.query(client, "w", xq, 8, rerank_dims, shortlists), expected)
+    assert_same(xb, xq, 32, qdrant.query(filled, "w", xq, 8, rerank_dims, shortlists), expected)
 
 
-def test_the_collection_has_a_graph_at_its_smallest_size_and_lies_on_disk(client):
-    qdrant.upload(client, Collection("w", SIZES), SMALL[0], {})
+@pytest.mark.parametrize("quantize", [False, True])
+def test_the_collection_has_a_graph_at_its_smallest_size_and_lies_on_disk(client, quantize):
+    """And, if asked for, a copy of that size in memory, of 8 bits a number."""
+    qdrant.upload(client, Collection("w", SIZES, quantize=quantize), SMALL[0], {})
     vectors = client.get_collection("w").config.params.vectors
     assert {size: v.hnsw_config.m for size, v in vectors.items()} == {"8": qdrant.LINKS, "16": 0, "32": 0}
     assert all(v.on_disk for v in vectors.values())
+    copies = {size: v.quantization_config.scalar for size, v in vectors.items() if v.quantization_config}
+    assert {size: (scalar.type, scalar.always_ram) for size, scalar in copies.items()} == (
+        {"8": ("int8", True)} if quantize else {})
     stored = client.retrieve("w", [7], with_vectors=["16"])[0].vector["16"]
     np.testing.assert_array_equal(np.float32(stored), neighbors.unit(SMALL[0][7:8], 16)[0])
 
@@ -92,6 +107,8 @@ def test_an_interrupted_upload_goes_on(client, monkeypatch):
 
 @pytest.mark.parametrize("other, record, complaint", [
     (Collection("w", (8, 32)), {"rows": "a"}, r"holds the sizes \[8, 16, 32\], not \[8, 32\]; name them after --sizes"),
+    (Collection("w", SIZES, quantize=True), {"rows": "a"}, "was made without --quantize; leave that as it was"),
+    (Collection("w", SIZES, shards=6), {"rows": "a"}, "has None where --shards is 6; leave the flag out"),
     (Collection("w", SIZES), {"rows": "b"}, "was made from other embeddings")])
 def test_another_collection_under_the_name(client, other, record, complaint):
     qdrant.upload(client, Collection("w", SIZES), SMALL[0], {"rows": "a"})
@@ -106,39 +123,68 @@ def test_a_collection_with_more_points_than_rows(client):
         qdrant.upload(client, Collection("w", SIZES), SMALL[0][:200], {})
 
 
+def test_more_or_fewer_parts_than_a_collection_has(client):
+    """As a server describes it: local mode has none."""
+    qdrant.upload(client, Collection("w", SIZES), SMALL[0][:1], {})
+    params = client.get_collection("w").config.params
+    params.shard_number, params.replication_factor = 6, 2
+    find = partial(qdrant.find_difference, params)
+    assert find(Collection("w", SIZES)) is find(Collection("w", SIZES, 6, 2)) is None
+    assert find(Collection("w", SIZES, 3)) == "has 6 where --shards is 3; leave the flag out,"
+    assert find(Collection("w", SIZES, 6, 1)) == "has 2 where --replicas is 1; leave the flag out,"
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")   # the client leaves its lock open
-def test_a_folder_in_use(client, tmp_path):
-    with pytest.raises(InputError, match="already accessed by another"):
+def test_a_folder_in_use(tmp_path):
+    with closing(qdrant.connect(path=str(tmp_path / "store"))), pytest.raises(InputError, match="already accessed by"):
         qdrant.connect(path=str(tmp_path / "store"))
 
 
 # ------------------------------------------------------------------------------------------------ the command
 
+def ask(folder, output, words):
+    """The command in this process."""
+    retrieve.run_command(retrieve.arguments().parse_args(
+        ["qdrant", "--embeddings", str(folder), "--output", str(output), *words.split()]))
+
+
 def test_the_command_writes_lists_that_metrics_reads(run_here, tmp_path):
-    folder = retrieval_world.write(tmp_path / "in", WORLD, nesting_list=list(SIZES))
-    common = f"--embeddings {folder} --output {tmp_path}"
-    asked = f"qdrant {common} --path {tmp_path / 'store'} --retrieval_dim 8 --rerank_dims 16 32 --shortlists 100 10"
-    done = run_here("retrieval", f"retrieve.py {asked}")
+    folder = retrieval_world.write(tmp_path / "in", TINY, nesting_list=list(SIZES))
+    done = run_here("retrieval", f"retrieve.py qdrant --embeddings {folder} --output {tmp_path} "
+                                 f"--path {tmp_path / 'store'} --retrieval_dim 8 --rerank_dims 16 32 --shortlists 50 10")
     file = Path(done.stdout.strip())
-    assert file == tmp_path / "neighbors/funnel_retrieval/mrl/8dim-cascade[16,32]_shortlist[100,10]_1K_qdrantlocal.npy"
+    assert file == tmp_path / "neighbors/funnel_retrieval/mrl/8dim-cascade[16,32]_shortlist[50,10]_1K_qdrantlocal.npy"
     assert "slow" in done.stderr
-    ours = run_here("retrieval", f"retrieve.py funnel {common} --retrieval_dim 8 --rerank_dims 16 32 "
-                                 "--shortlists 100 10 --k 100").stdout.strip()
-    assert_same(WORLD[0], WORLD[2], 32, np.load(file), np.load(ours))
-    written = file.stat().st_mtime_ns
-    run_here("retrieval", f"retrieve.py {asked}")
-    assert file.stat().st_mtime_ns == written
     study = Study(Task(embeddings=str(folder), output=str(tmp_path)))
+    ours = ensure_reranked(study, 8, [16, 32], [50, 10], k=50)
+    assert_same(TINY[0], TINY[2], 32, np.load(file), np.load(ours))
     row, expected = score(study, file, [10]), score(study, ours, [10])
     assert row["index"] == "qdrantlocal" and row["mAP@10"] == pytest.approx(expected["mAP@10"])
     assert {"database", "queries"} <= set(read_json(record_file(file)))
 
 
+def test_a_list_that_is_there_needs_no_server(tmp_path, capsys, monkeypatch):
+    """Quantized or not, the lists have names of their own. (Local mode stands in for the server.)"""
+    folder = retrieval_world.write(tmp_path / "in", SMALL)
+    connect = qdrant.connect
+    for words, index in (("", "qdrant"), ("--quantize", "qdrant_sq8")):
+        asked = f"--url http://nowhere:1 --retrieval_dim 8 --rerank_dims 32 --shortlists 50 {words}"
+        monkeypatch.setattr("qdrant.connect", lambda url, path: connect())
+        ask(folder, tmp_path, asked)
+        made = capsys.readouterr().out
+        assert made == f"{tmp_path}/neighbors/reranked/mrl/8dim-reranked32_50shortlist_1K_{index}.npy\n"
+        monkeypatch.setattr("qdrant.connect", None)
+        ask(folder, tmp_path, asked)
+        assert capsys.readouterr().out == made
+    study = Study(Task(embeddings=str(folder), output=str(tmp_path)))
+    assert [row["index"] for row in score_all(study, [10])] == ["qdrant", "qdrant_sq8"]
+
+
 def test_other_embeddings_are_refused_and_their_lists_left(tmp_path):
-    asked = {"retrieval_dim": 8, "rerank_dims": [32], "shortlists": [50], "path": str(tmp_path / "store")}
-    task = Task(embeddings=str(retrieval_world.write(tmp_path / "in", SMALL)), output=str(tmp_path))
+    asked = {"retrieval_dim": 8, "rerank_dims": [32], "shortlists": [20], "path": str(tmp_path / "store")}
+    task = Task(embeddings=str(retrieval_world.write(tmp_path / "in", TINY)), output=str(tmp_path))
     file = ensure_asked(Study(task), **asked)
-    retrieval_world.write(tmp_path / "in", retrieval_world.world(300, 10, 32, seed=2))
+    retrieval_world.write(tmp_path / "in", retrieval_world.world(60, 3, 32, seed=3))
     with pytest.raises(InputError, match="collection 1K_mrl was made from other embeddings"):
         ensure_asked(Study(task), **asked)
     old = np.load(file)
@@ -149,15 +195,24 @@ def test_other_embeddings_are_refused_and_their_lists_left(tmp_path):
 @pytest.mark.parametrize("flags, complaint", [
     ("--url http://localhost:{port}", "--url: the Qdrant server does not answer"),
     ("--url nonsense:1", "nonsense:1: Unknown scheme"),
-    ("--sizes 8 16", "the query compares at [8, 32]; name them all"),
-    ("--sizes 4 8 32", "--retrieval_dim 8: must be the smallest of [4, 8, 32]"),
+    ("--sizes 8 16", r"the query compares at \[8, 32\]; name them all"),
+    ("--sizes 4 8 32", r"--retrieval_dim 8: must be the smallest of \[4, 8, 32\]"),
     ("--rerank_dims 64", "size 64 is past them"),
-    ("--shortlists 301", "k=301 is not between 1 and the 300 vectors")])
-def test_bad_input_is_one_line(refused, tmp_path, flags, complaint):
+    ("--shortlists 301", "k=301 is not between 1 and the 300 vectors"),
+    ("--shards 2", "local mode knows none of them; --url names a server"),
+    ("--quantize", "local mode knows none of them; --url names a server")])
+def test_bad_input_is_one_line(tmp_path, flags, complaint):
     folder = retrieval_world.write(tmp_path / "in", SMALL)
-    line = refused("retrieval", f"retrieve.py qdrant --embeddings {folder} --output {tmp_path} --retrieval_dim 8 "
-                                f"--rerank_dims 32 --shortlists 50 {flags.format(port=free_port())}")
-    assert complaint in line
+    with pytest.raises(InputError, match=complaint):
+        ask(folder, tmp_path, "--retrieval_dim 8 --rerank_dims 32 --shortlists 50 " + flags.format(port=free_port()))
+    assert not [*tmp_path.rglob("*dim*.npy")]
+
+
+@pytest.mark.parametrize("flag", ["--index hnsw32", "--memory_gb 1", "--device cpu", "--nlist 8"])
+def test_what_qdrant_does_not_use_is_no_flag_of_its(flag, capsys):
+    with pytest.raises(SystemExit):
+        ask("in", "out", f"--retrieval_dim 8 --rerank_dims 32 --shortlists 50 {flag}")
+    assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
 
 
 def test_without_the_client(monkeypatch):

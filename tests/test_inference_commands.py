@@ -353,8 +353,9 @@ def test_a_worker_that_the_system_ends_is_one_line(command, trained, tmp_path, m
     """As the kernel does where memory is short."""
     monkeypatch.setattr(image_set, "read_rgb", lambda _: os.kill(os.getpid(), signal.SIGKILL))
     path = trained("ff8")
+    said = r"was ended, most often because memory ran out \(.*fewer --workers \(or 0\), or a"
     for words in ([], ["--retrieval", "--retrieval_array_path", tmp_path / "arrays"]):
-        with pytest.raises(InputError, match=r"was ended, most often because memory ran out \(.*fewer --workers \(or 0\), or a"):
+        with pytest.raises(InputError, match=said):
             command("--path", path, "--workers", 1, *words)
     assert not list((tmp_path / "arrays").glob("*-X.npy"))
 

@@ -150,8 +150,8 @@ def ask(folder, output, words):
 
 def test_the_command_writes_lists_that_metrics_reads(run_here, tmp_path):
     folder = retrieval_world.write(tmp_path / "in", TINY, nesting_list=list(SIZES))
-    done = run_here("retrieval", f"retrieve.py qdrant --embeddings {folder} --output {tmp_path} "
-                                 f"--path {tmp_path / 'store'} --retrieval_dim 8 --rerank_dims 16 32 --shortlists 50 10")
+    where = f"--embeddings {folder} --output {tmp_path} --path {tmp_path / 'store'}"
+    done = run_here("retrieval", f"retrieve.py qdrant {where} --retrieval_dim 8 --rerank_dims 16 32 --shortlists 50 10")
     file = Path(done.stdout.strip())
     assert file == tmp_path / "neighbors/funnel_retrieval/mrl/8dim-cascade[16,32]_shortlist[50,10]_1K_qdrantlocal.npy"
     assert "slow" in done.stderr

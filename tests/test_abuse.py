@@ -193,7 +193,7 @@ TABLE = [
     Row("another network's checkpoint", RESUME, r"checkpoint\.pt",
         run_folder(TRAIN, checkpoint_of=checkpoint_of_another_network)),
     Row("disk full at the checkpoint", TRAIN + " --logging.name=run", r"checkpoint\.pt could not be written",
-        file_limit=50_000, leaves=("out", "out/run", "out/run/params.json", "out/run/log")),
+        file_limit=500_000, leaves=("out", "out/run", "out/run/params.json", "out/run/log")),
 
     # -- inference
     Row("a folder for a checkpoint", BARE + " {here}", "bäd day.*this folder has no model"),

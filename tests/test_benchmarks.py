@@ -105,7 +105,8 @@ def test_retrieval_speed(run_here):
     assert float(re.search(rf"overlap@10 .*: ({NUMBER})", shown)[1]) > 0.9
 
 
-def test_retrieval_scale(run_here):
+def test_retrieval_scale(run_here, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "../retrieval")      # of the processes that it starts
     shown = run_here("benchmarks", "retrieval_scale.py --n 3000 --queries 20").stdout
     assert [float(gb) < 1 for gb in re.findall(rf"peak private memory ({NUMBER}) GB", shown)] == [True] * 5
     assert re.search(r"the index's file: .* bytes a vector", shown)

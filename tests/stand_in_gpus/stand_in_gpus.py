@@ -194,7 +194,13 @@ init_process_group, compile_module = dist.init_process_group, torch.nn.Module.co
 
 
 def init_group(backend, **given):
+    """Each command has its own place in torchrun's store: of several in one process, the next would find the addresses
+    of the first."""
     note("group", backend)
+    if "store" not in given:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store, *_ = next(dist.rendezvous("env://", rank, size))
+        given |= {"store": dist.PrefixStore(os.environ["STAND_IN_NOTES"], store), "rank": rank, "world_size": size}
     return init_process_group("gloo" if backend == "cpu:gloo,cuda:nccl" else backend, **given)
 
 

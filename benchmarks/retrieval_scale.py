@@ -48,10 +48,10 @@ def main():
     parser.add_argument("--folder", type=file_path, help="where to write (a temporary folder); all is removed after")
     parser.add_argument("--n", type=int, default=1_281_167)
     parser.add_argument("--queries", type=int, default=10_000)
-    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", type=file_path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        return serve(args.serve)
+        return serve(Path(args.serve))
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         measure(Path(name), args.n, args.queries)
 

@@ -109,6 +109,18 @@ def open_locked(name, how):
         file.close()
 
 
+def keep_compiled(*signature, **options):
+    """numba.njit, which keeps what it made for the next start where there is a folder to keep it in."""
+    import numba  # only here: few commands compile, and who loads a model need not have it
+
+    def compile_function(function):
+        try:
+            return numba.njit(*signature, cache=True, **options)(function)
+        except RuntimeError:      # read-only checkout, and no home
+            return numba.njit(*signature, **options)(function)
+    return compile_function
+
+
 def read_json(path):
     """-> the dictionary in a JSON file; None where there is no file."""
     try:

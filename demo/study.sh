@@ -6,8 +6,8 @@
 #
 # About an hour and a half on two idle cores (an estimate: a training took 5 to 9 minutes, two at a time, on an AMD EPYC
 # without AVX-512 that did other work too). Stop it when you like: the same command goes on where it was.
-# It needs FFCV. 300 characters are in the repository. More are drawn from Debian's fonts: make_kanji.py names the packages that FONTS
-# lacks (`apt-get download` and `dpkg -x` into a folder of yours are enough).
+# It needs FFCV. 300 characters are in the repository. More are drawn from Debian's fonts: make_kanji.py names the
+# packages that FONTS lacks (`apt-get download` and `dpkg -x` into a folder of yours are enough).
 set -euo pipefail
 characters=${1:-600}
 out=$(mkdir -p "${2:-study_$characters}" && cd "${2:-study_$characters}" && pwd)

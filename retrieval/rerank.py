@@ -13,7 +13,7 @@ import numba
 import numpy as np
 from tqdm import tqdm
 
-from mrl_files import InputError
+from mrl_files import InputError, keep_compiled
 
 TINY = np.finfo(np.float32).tiny      # makes 0 of 0 / 0, the cosine of a vector of zeros
 PAIRS = 2 ** 20           # (query, candidate) pairs at a time
@@ -118,13 +118,7 @@ def view_read_only(x):
     return view
 
 
-def compile_loop(function):
-    """numba's compiler, which keeps what it made for the next start where there is a folder to keep it in."""
-    options = {"parallel": True, "fastmath": {"reassoc", "contract"}}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:      # read-only checkout, and no home
-        return numba.njit(**options)(function)
+compile_loop = keep_compiled(parallel=True, fastmath={"reassoc", "contract"})
 
 
 @compile_loop

@@ -1,9 +1,10 @@
 """The crops and flips that training draws: distributed as the usual ones."""
-import augmentation
 import numpy as np
 import torch
 from augmentation import FLIP, image_keys, mirror, random_crop, uniform
 from torchvision.transforms import RandomResizedCrop
+
+from mrl_files import keep_compiled
 
 
 def test_crops_have_the_usual_distribution():
@@ -30,5 +31,5 @@ def test_mirror():
 
 def test_what_has_no_folder_for_compiled_code_is_compiled_anyway():
     """A function without a file: numba finds no place beside it, as in a read-only checkout without a home."""
-    made = augmentation.keep_compiled(eval("lambda x: x + 1"))
+    made = keep_compiled()(eval("lambda x: x + 1"))
     assert made(1) == 2 and not made.stats.cache_path

@@ -6,8 +6,9 @@ the same. Each image of an epoch has a key of 64 bits; `uniform(key, draw, ...)`
 goes into `augment`, with draws of its own above FLIP; what works on whole batches can also stand in
 `loaders.normalise`, on the device.
 """
-import numba
 import numpy as np
+
+from mrl_files import keep_compiled
 
 SCALE, RATIO = 0.08, (3 / 4, 4 / 3)             # least area of a crop, the image's being 1; of its width to its height
 ATTEMPTS = 10                                   # to fit a crop into the image; each uses four draws of the key
@@ -34,25 +35,17 @@ def mix(x):
     return x ^ (x >> S31)
 
 
-def keep_compiled(function, *signature):
-    """numba's compiler, which keeps what it made for the next start where there is a folder to keep it in."""
-    try:
-        return numba.njit(*signature, cache=True)(function)
-    except RuntimeError:      # read-only checkout, and no home
-        return numba.njit(*signature)(function)
+_mix = keep_compiled()(mix)
 
 
-_mix = keep_compiled(mix)
-
-
-@keep_compiled
+@keep_compiled()
 def uniform(key, draw, low, high):
     """The draw-th number of a key, uniform in [low, high)."""
     bits = _mix(key + np.uint64(draw) * GOLDEN)
     return low + (high - low) * (np.float64(bits >> S11) / 9007199254740992.0)      # 53 bits over 2**53
 
 
-@keep_compiled
+@keep_compiled()
 def random_crop(key, height, width, scale=SCALE):
     """-> top, left, height, width: area and log aspect ratio uniform, as torchvision and FFCV draw them."""
     for attempt in range(ATTEMPTS):
@@ -75,14 +68,14 @@ def centre_crop(height, width, _, ratio):
     return (height - side) // 2, (width - side) // 2, side, side
 
 
-@keep_compiled
+@keep_compiled()
 def augment(image, key, flip_below):
     """What is done to a crop that has its final size, uint8 [R, R, 3], in place."""
     if uniform(key, FLIP, 0.0, 1.0) < flip_below:
         mirror(image)
 
 
-@keep_compiled
+@keep_compiled()
 def mirror(image):
     """Flip an image [H, W, 3] left to right, in place."""
     last = image.shape[1] - 1

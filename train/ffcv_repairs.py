@@ -4,7 +4,6 @@ import gc
 import numba.typed
 import numpy as np
 import torch
-from augmentation import keep_compiled
 
 threads, typed_dict = torch.get_num_threads(), numba.typed.Dict
 numba.typed.Dict = dict             # FFCV keeps two constants in one, which numba compiles for 3 seconds
@@ -13,6 +12,8 @@ from ffcv.loader.epoch_iterator import IS_CUDA, EpochIterator  # noqa: E402
 from ffcv.memory_managers import OSCacheManager  # noqa: E402
 from ffcv.pipeline.compiler import Compiler  # noqa: E402
 from ffcv.traversal_order import quasi_random  # noqa: E402
+
+from mrl_files import keep_compiled  # noqa: E402
 
 numba.typed.Dict = typed_dict
 torch.set_num_threads(threads)      # importing FFCV sets it to 1
@@ -36,7 +37,7 @@ def compile_reader(self):
         size = state[2][np.searchsorted(state[1], address)]
         return state[0][address:address + size]
 
-    return keep_compiled(read, mapped(numba.uint64, numba.types.Tuple([mapped, table, table])))
+    return keep_compiled(mapped(numba.uint64, numba.types.Tuple([mapped, table, table])))(read)
 
 
 run, next_batch, run_pipeline = EpochIterator.run, EpochIterator.__next__, EpochIterator.run_pipeline
@@ -96,4 +97,4 @@ EpochIterator.run_pipeline, EpochIterator.close = run_after_copy, close_and_empt
 Loader.compiled = False              # of the class: has a batch of this loader been made?
 Compiler.set_num_threads = classmethod(set_num_threads)
 OSCacheManager.compile_reader = compile_reader
-quasi_random.generate_order_inner = keep_compiled(quasi_random.generate_order_inner.py_func)
+quasi_random.generate_order_inner = keep_compiled()(quasi_random.generate_order_inner.py_func)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole idea on 13,200 real images, on any machine: images (-> .ffcv) -> checkpoints -> accuracy, embeddings, pictures.
 #
-#   ./demo.sh [FOLDER=demo_out]        12 minutes of CPU time after the set-up
+#   ./demo.sh [FOLDER=demo_out]        12 to 33 minutes of CPU time after the set-up
 #
 # Every step below is a script that a user of ImageNet runs too; demo/kanji.yaml makes the training small.
 set -euo pipefail

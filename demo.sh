@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole idea on 13,200 real images, on any machine: images (-> .ffcv) -> checkpoints -> accuracy, embeddings, pictures.
 #
-#   ./demo.sh [FOLDER=demo_out]        12 to 33 minutes of CPU time after the set-up
+#   ./demo.sh [FOLDER=demo_out]        @@TIME@@
 #
 # Every step below is a script that a user of ImageNet runs too; demo/kanji.yaml makes the training small.
 set -euo pipefail
@@ -17,8 +17,8 @@ step() { echo; echo "== $* ($((SECONDS / 60)) min $((SECONDS % 60)) s)"; }
 SECONDS=0
 
 step "printed characters as an ImageNet-style folder tree"
-rm -rf "$out"/{images,images_odd,ffcv,runs,figures,figures_odd,arrays,retrieval,outputs}
-mkdir -p "$out"/{runs,figures,figures_odd}
+rm -rf "$out"/{images,images_odd,ffcv,runs,figures,figures_odd,arrays,retrieval,notebooks}
+mkdir -p "$out"/{runs,notebooks}
 python demo/cut_kanji.py "$out"
 if grep -q '^ffcv -' "$done_file"; then
   echo "training reads these folders"
@@ -29,8 +29,8 @@ else
   train_data=$out/ffcv/train_32_0.50_90.ffcv val_data=$out/ffcv/val_32_uncompressed.ffcv
 fi
 
-# Networks as small as these gain little from a second core: two train at a time, on half of the cores each.
-step "training: FF at four sizes, MRL and MRL-E, two at a time"
+# Networks as small as these gain little from a second core: three train at a time, on a third of the cores each.
+step "training: FF at three sizes, MRL and MRL-E, three at a time"
 train() {   # name of the run, head. Shows a line for each epoch; the tables of each size are in the run's log
   cd train
   python -u train_imagenet.py --config-file ../demo/kanji.yaml "$2" --logging.folder="$out/runs" --logging.name="$1" \
@@ -40,27 +40,25 @@ train() {   # name of the run, head. Shows a line for each epoch; the tables of 
 }
 export -f train
 export out train_data val_data
-OMP_NUM_THREADS=$((($(nproc) + 1) / 2)) xargs -P 2 -L 1 bash -c 'train "$@"' train <<END
+OMP_NUM_THREADS=$((($(nproc) + 2) / 3)) xargs -P 3 -L 1 bash -c 'train "$@"' train <<END
 mrl --model.mrl=1
 mrl_e --model.efficient=1
 ff8 --model.fixed_feature=8
 ff16 --model.fixed_feature=16
-ff32 --model.fixed_feature=32
 ff64 --model.fixed_feature=64
 END
 
 cd inference
 size=(--resize 37 --crop 32 --workers 2)
 images=(--data_root "$out/images" "${size[@]}")
+models=("$out"/runs/{ff8,ff16,ff64,mrl,mrl_e}/final_weights.pt)
 mrl=$out/runs/mrl/final_weights.pt
-step "accuracy of every representation size, and what each saved for the notebooks"
-python pytorch_inference.py --path "$out"/runs/{ff8,ff16,ff32,ff64,mrl,mrl_e}/final_weights.pt --dataset V1 \
-  "${images[@]}" --output "$out/figures"
-python pytorch_inference.py --path "$mrl" --dataset V1 "${images[@]}" --output "$out/outputs" \
+step "accuracy of every representation size, and what the notebooks need"
+python pytorch_inference.py --path "${models[@]}" --dataset V1 "${images[@]}" --output "$out/figures" \
   --save_softmax --save_predictions --save_gt
 step "robustness: brush, pixel, display and handwritten typefaces"
-python pytorch_inference.py --path "$out"/runs/{ff8,ff16,ff32,ff64,mrl,mrl_e}/final_weights.pt --dataset V1 \
-  --data_root "$out/images_odd" "${size[@]}" --output "$out/figures_odd"
+python pytorch_inference.py --path "${models[@]}" --dataset V1 --data_root "$out/images_odd" "${size[@]}" \
+  --output "$out/figures_odd"
 step "embeddings; exact, adaptive and funnel retrieval, from 8 numbers on"
 python pytorch_inference.py --path "$mrl" --retrieval --dataset 1K "${images[@]}" --retrieval_array_path "$out/arrays"
 cd ../retrieval
@@ -71,15 +69,18 @@ cp "$out"/retrieval/report/1K_mrl_{report.csv,cost.png} "$out"
 
 step "the notebooks: cascades, oracle, Grad-CAM"
 notebook() {   # name, settings. The kernel is spoken to through files in its folder (ipc): of TCP it warns
-  papermill --log-level ERROR --prepare-only "model_analysis/$1.ipynb" "$out/outputs/$1.ipynb" "${@:2}"
-  (export PYTHONPATH=$PWD/model_analysis${PYTHONPATH:+:$PYTHONPATH}; cd "$out/outputs"
-   jupyter nbconvert --log-level ERROR --execute --ExecutePreprocessor.startup_timeout=300 --KernelManager.transport=ipc \
-     --to html "$1.ipynb" --output-dir "$out")
+  papermill --log-level ERROR --prepare-only "model_analysis/$1.ipynb" "$out/notebooks/$1.ipynb" "${@:2}"
+  export PYTHONPATH=$PWD/model_analysis${PYTHONPATH:+:$PYTHONPATH}
+  cd "$out/notebooks"
+  jupyter nbconvert --log-level ERROR --execute --ExecutePreprocessor.startup_timeout=300 --KernelManager.transport=ipc \
+    --to html "$1.ipynb" --output-dir "$out" || exit 255
 }
-notebook Model_Cascades -p folder "$out/outputs" -p tta False
-notebook Oracle_Upper_Bound_Performance -p folder "$out/outputs" -p tta False -y "{datasets: [V1]}"
-notebook GradCAM -p checkpoint "$mrl" -p images "$out/images/val" -p classes "$out/images/val" -p target true \
-  -p limit 8 -p resize 37 -p crop 32 -p layer stage2
+export -f notebook
+xargs -P 3 -L 1 bash -c 'notebook "$@"' notebook <<END
+Model_Cascades -p folder "$out/figures" -p tta False
+Oracle_Upper_Bound_Performance -p folder "$out/figures" -p tta False -y "{datasets: [V1]}"
+GradCAM -p checkpoint "$mrl" -p images "$out/images/val" -p classes "$out/images/val" -p target true -p limit 8 -p resize 37 -p crop 32 -p layer stage2
+END
 
 step "the tables and the pictures"
 python demo/pictures.py "$out"
@@ -89,6 +90,6 @@ $out holds
   neighbours.png                              some characters and what is nearest to them at four sizes
   1K_mrl_report.csv, 1K_mrl_cost.png          adaptive and funnel retrieval: accuracy against cost
   Model_Cascades.html, GradCAM.html, Oracle_Upper_Bound_Performance.html
-  images/ ffcv/ runs/ figures/ arrays/ retrieval/ outputs/        what each step left for the next
+  images/ ffcv/ runs/ figures/ arrays/ retrieval/ notebooks/      what each step left for the next
 done in $((SECONDS / 60)) min $((SECONDS % 60)) s
 END

@@ -15,7 +15,7 @@ fonts=$(cd "${3:-/usr/share/fonts}" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source ./setup.sh
 mkdir -p "$out"/{runs,figures,done}
-epochs=$((4800 / characters))      # as many images as the demo sees, whatever the number of characters
+epochs=$((4800 / characters))      # as many steps whatever the number of characters: the demo's 300 would have 16 epochs
 export out characters epochs
 once() {   # name of a step, command: done unless it was
   [ -e "$out/done/$1" ] || { echo "== $1 ($(date +%T))"; "${@:2}"; touch "$out/done/$1"; }
@@ -33,7 +33,7 @@ run() {   # name, flags: train it, then its accuracy, unless they are there
   cd train
   [ -e "$out/runs/$1/final_weights.pt" ] || python -u train_imagenet.py --config-file ../demo/kanji.yaml \
     --model.num_classes="$characters" --model.nesting_start=3 --training.epochs="$epochs" \
-    --logging.folder="$out/runs" --logging.name="$1" --logging.log_level=0 \
+    --logging.folder="$out/runs" --logging.name="$1" \
     --data.train_dataset="$out/ffcv/train_32_0.50_90.ffcv" --data.val_dataset="$out/ffcv/val_32_uncompressed.ffcv" \
     "${@:2}" 2>>"$out/runs/$1.txt" | sed -un "s/^epoch/$(printf %-9s "$1") epoch/p"
   [ "${PIPESTATUS[0]}" = 0 ] || { tail "$out/runs/$1.txt" >&2; exit 255; }      # 255: xargs starts no other

@@ -6,6 +6,7 @@ is there. So a killed run goes on where it stopped, any number of processes can 
 same either way. The JSON with "complete": true is written last. A lock keeps a second command out meanwhile.
 """
 import os
+import shlex
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -43,6 +44,10 @@ def embed(args, device):
     plans = run_together(plan_dumps, args, device)
     for path in dict.fromkeys(plan.path for plan in plans):
         embed_one([plan for plan in plans if plan.path == path], args, device)
+    if rank() == 0:
+        for head in dict.fromkeys("ff" if is_fixed_feature(plan.spec["head"]) else plan.spec["head"] for plan in plans):
+            print(f"next: cd ../retrieval && python retrieve.py report --dataset {args.dataset or '1K'} --model {head} "
+                  f"--embeddings {shlex.quote(os.path.abspath(args.retrieval_array_path or '.'))}")
 
 
 def plan_dumps(args, device):

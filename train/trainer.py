@@ -1,6 +1,7 @@
 """Training and validation in one process of a run. Used by train_imagenet.py."""
 import math
 import resource
+import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -135,7 +136,9 @@ class Trainer:
         if self.process.first:
             for name, model in reversed(self.models.items()):      # final_weights.pt last: the run is finished
                 checkpoint.save_weights(self.folder, model.state_dict(), name)
-            print(f"final weights: {self.folder / 'final_weights.pt'}")
+            weights = (self.folder / "final_weights.pt").absolute()
+            print(f"final weights: {weights}\nnext: cd ../inference && "
+                  f"python pytorch_inference.py --path {shlex.quote(str(weights))} --dataset V1")
 
     def one_epoch(self, loader, val, stop):
         """Train, validate where asked for, and leave a line in the log and a checkpoint."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole idea on 13,200 real images, on any machine: images (-> .ffcv) -> checkpoints -> accuracy, embeddings, pictures.
+# The whole idea on 8,800 real images, on any machine: images (-> .ffcv) -> checkpoints -> accuracy, embeddings, pictures.
 #
 #   ./demo.sh [FOLDER=demo_out]        about 6 minutes on two cores, after the set-up
 #
@@ -19,7 +19,7 @@ SECONDS=0
 step "printed characters as an ImageNet-style folder tree"
 rm -rf "$out"/{images,images_odd,ffcv,runs,figures,figures_odd,arrays,retrieval,notebooks}
 mkdir -p "$out"/{runs,notebooks}
-python demo/cut_kanji.py "$out"
+python demo/cut_kanji.py "$out" --characters 200
 if grep -q '^ffcv -' "$done_file"; then
   echo "training reads these folders"
   train_data=$out/images/train val_data=$out/images/val
@@ -29,8 +29,8 @@ else
   train_data=$out/ffcv/train_32_0.50_90.ffcv val_data=$out/ffcv/val_32_uncompressed.ffcv
 fi
 
-# Networks as small as these gain little from a second core: three train at a time, on a third of the cores each.
-step "training: FF at three sizes, MRL and MRL-E, three at a time"
+# Networks as small as these gain little from a second core: two train at a time, on half of the cores each.
+step "training: FF at four sizes, MRL and MRL-E, two at a time"
 train() {   # name of the run, head. Shows a line for each epoch; the tables of each size are in the run's log
   cd train
   python -u train_imagenet.py --config-file ../demo/kanji.yaml "$2" --logging.folder="$out/runs" --logging.name="$1" \
@@ -40,18 +40,19 @@ train() {   # name of the run, head. Shows a line for each epoch; the tables of 
 }
 export -f train
 export out train_data val_data
-OMP_NUM_THREADS=$((($(nproc) + 2) / 3)) xargs -P 3 -L 1 bash -c 'train "$@"' train <<END
+OMP_NUM_THREADS=$((($(nproc) + 1) / 2)) xargs -P 2 -L 1 bash -c 'train "$@"' train <<END
 mrl --model.mrl=1
 mrl_e --model.efficient=1
 ff8 --model.fixed_feature=8
 ff16 --model.fixed_feature=16
+ff32 --model.fixed_feature=32
 ff64 --model.fixed_feature=64
 END
 
 cd inference
 size=(--resize 37 --crop 32 --workers 2)
 images=(--data_root "$out/images" "${size[@]}")
-models=("$out"/runs/{ff8,ff16,ff64,mrl,mrl_e}/final_weights.pt)
+models=("$out"/runs/{ff8,ff16,ff32,ff64,mrl,mrl_e}/final_weights.pt)
 mrl=$out/runs/mrl/final_weights.pt
 step "accuracy of every representation size, and what the notebooks need"
 python pytorch_inference.py --path "${models[@]}" --dataset V1 "${images[@]}" --output "$out/figures" \
@@ -68,10 +69,11 @@ cd ..
 cp "$out"/retrieval/report/1K_mrl_{report.csv,cost.png} "$out"
 
 step "the notebooks: cascades, oracle, Grad-CAM"
-notebook() {   # name, settings. The kernel is spoken to through files in its folder (ipc): of TCP it warns
-  papermill --log-level ERROR --prepare-only "model_analysis/$1.ipynb" "$out/notebooks/$1.ipynb" "${@:2}"
+notebook() {   # name, settings. A kernel is spoken to through files in its folder (ipc): of TCP it warns
+  mkdir "$out/notebooks/$1"
+  papermill --log-level ERROR --prepare-only "model_analysis/$1.ipynb" "$out/notebooks/$1/$1.ipynb" "${@:2}"
   export PYTHONPATH=$PWD/model_analysis${PYTHONPATH:+:$PYTHONPATH}
-  cd "$out/notebooks"
+  cd "$out/notebooks/$1"
   jupyter nbconvert --log-level ERROR --execute --ExecutePreprocessor.startup_timeout=300 --KernelManager.transport=ipc \
     --to html "$1.ipynb" --output-dir "$out" || exit 255
 }

@@ -44,7 +44,7 @@ def plot(ordinary, odd):
     axes.set_xscale("log", base=2)
     axes.set_xticks(ordinary.index, ordinary.index)
     axes.set(xlabel="representation size", ylabel="accuracy (%)", ylim=(0, 100),
-             title="300 characters in typefaces never seen in training")
+             title="printed characters in typefaces never seen in training")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=9)
     return figure

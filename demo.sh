@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole idea on 8,800 real images, on any machine: images (-> .ffcv) -> checkpoints -> accuracy, embeddings, pictures.
+# The whole idea on 13,200 real images, on any machine: images (-> .ffcv) -> checkpoints -> accuracy, embeddings, pictures.
 #
 #   ./demo.sh [FOLDER=demo_out]        about 6 minutes on two cores, after the set-up
 #
@@ -19,7 +19,7 @@ SECONDS=0
 step "printed characters as an ImageNet-style folder tree"
 rm -rf "$out"/{images,images_odd,ffcv,runs,figures,figures_odd,arrays,retrieval,notebooks}
 mkdir -p "$out"/{runs,notebooks}
-python demo/cut_kanji.py "$out" --characters 200
+python demo/cut_kanji.py "$out"
 if grep -q '^ffcv -' "$done_file"; then
   echo "training reads these folders"
   train_data=$out/images/train val_data=$out/images/val
@@ -64,7 +64,7 @@ step "embeddings; exact, adaptive and funnel retrieval, from 8 numbers on"
 python pytorch_inference.py --path "$mrl" --retrieval --dataset 1K "${images[@]}" --retrieval_array_path "$out/arrays"
 cd ../retrieval
 python retrieve.py report --dataset 1K --model mrl --embeddings "$out/arrays" --output "$out/retrieval" \
-  --sizes 8 16 32 64 128 256 512 1024
+  --sizes 8 16 32 64 128 256
 cd ..
 cp "$out"/retrieval/report/1K_mrl_{report.csv,cost.png} "$out"
 
@@ -81,7 +81,7 @@ export -f notebook
 xargs -P 3 -L 1 bash -c 'notebook "$@"' notebook <<END
 Model_Cascades -p folder "$out/figures" -p tta False
 Oracle_Upper_Bound_Performance -p folder "$out/figures" -p tta False -y "{datasets: [V1]}"
-GradCAM -p checkpoint "$mrl" -p images "$out/images/val" -p classes "$out/images/val" -p target true -p limit 8 -p resize 37 -p crop 32 -p layer stage2
+GradCAM -p checkpoint "$mrl" -p images "$out/images/val" -p classes "$out/images/val" -p target true -p limit 8 -p resize 37 -p crop 32 -p layer stages.1
 END
 
 step "the tables and the pictures"

@@ -1,6 +1,6 @@
 """The demo's atlas of characters -> ImageNet-style folder trees, which write_imagenet.sh reads.
 
-    python cut_kanji.py FOLDER [--characters 200] [--atlas kanji.png]
+    python cut_kanji.py FOLDER [--atlas kanji.png]
 
 makes FOLDER/images/train and images/val (typefaces that training does not see) and, of brush, pixel and display
 typefaces, images_odd/val. A folder for each character, named by its code point (u4e00); a picture for each typeface.
@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from mrl_files import InputError, bounded, command_line, file_path
+from mrl_files import InputError, command_line, file_path
 
 HERE = Path(__file__).resolve().parent
 FOLDERS = {"train": "images/train", "val": "images/val", "odd": "images_odd/val"}      # of each role in typefaces.tsv
@@ -49,9 +49,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=file_path, help="where to make images/ and images_odd/")
     parser.add_argument("--atlas", type=file_path, default=HERE / "kanji.png", help="of make_kanji.py (%(default)s)")
-    parser.add_argument("--characters", type=bounded(int, 2), help="only the first so many (default: all)")
     args = parser.parse_args()
-    characters, cells = (of_each[:args.characters] for of_each in read_atlas(args.atlas))
+    characters, cells = read_atlas(args.atlas)
     write_pictures(Path(args.folder), characters, cells)
     n = read_typefaces().role.value_counts()
     print(f"{len(characters)} characters in {n.train} typefaces to train on, {n.val} others to validate, {n.odd} odd")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mrl_files import command_line, file_path
 
-MODEL = "mrl1_e0_ff1024"
+MODEL = "mrl1_e0_ff256"
 SHOWN = (4, 8, 16, 64)      # sizes in the picture of neighbours
 QUERIES, NEIGHBOURS = 8, 4
 GAP = 0.3                   # before the neighbours of a size, in images

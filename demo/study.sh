@@ -32,7 +32,7 @@ once ffcv env IMAGENET_DIR="$out/images" WRITE_DIR="$out/ffcv" WORKERS=2 train/w
 run() {   # name, flags: train it, then its accuracy, unless they are there
   cd train
   [ -e "$out/runs/$1/final_weights.pt" ] || python -u train_imagenet.py --config-file ../demo/kanji.yaml \
-    --model.num_classes="$characters" --model.nesting_start=3 --training.epochs="$epochs" \
+    --model.arch=shufflenet_v2_x0_5 --model.num_classes="$characters" --model.nesting_start=3 --training.epochs="$epochs" \
     --logging.folder="$out/runs" --logging.name="$1" \
     --data.train_dataset="$out/ffcv/train_32_0.50_90.ffcv" --data.val_dataset="$out/ffcv/val_32_uncompressed.ffcv" \
     "${@:2}" 2>>"$out/runs/$1.txt" | sed -un "s/^epoch/$(printf %-9s "$1") epoch/p"

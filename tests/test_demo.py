@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
-from cut_kanji import FOLDERS, read_atlas, read_typefaces
+from cut_kanji import FOLDERS, read_atlas, read_typefaces, write_pictures
 from make_kanji import CELL, draw, draw_atlas, find_fonts, list_characters, save_atlas
 from PIL import Image, ImageFont
 from study_tables import fill, list_tables, markdown
@@ -52,9 +52,9 @@ def test_the_notice_names_every_package_with_its_licence():
         assert said[row.package].startswith(row.licence), row.package
 
 
-def test_it_is_cut_into_class_folders(tmp_path, atlas, run_here):
+def test_it_is_cut_into_class_folders(tmp_path, atlas):
     characters, cells = atlas
-    run_here("demo", f"cut_kanji.py {tmp_path} --characters 3")
+    write_pictures(tmp_path, characters[:3], cells[:3])
     typefaces = read_typefaces()
     for role, folder in FOLDERS.items():
         classes = class_folders(tmp_path / folder)

@@ -104,7 +104,7 @@ def alone(rehearsal):
     r.in_turn({
         **{run: r.train(run, *head) for run, head in HEADS.items()},
         "folder": r.train("folder", *(f"--data.{split}_dataset={r.folder}/sets/val" for split in ("train", "val"))),
-        "compiled": r.train("compiled", "--training.compile=1", "--training.epochs=1"),
+        "compiled": r.train("compiled", "--training.compile=1", "--training.epochs=1", "--model.arch=resnet18"),
         "recipe": r.train("recipe", *kill_and_resume.RECIPE),
         "validated": r.train("validated", "--training.eval_only=1", f"--training.path={weights}"),
         "classified": r.infer("--tta", "--save_logits", "--save_softmax", "--save_predictions", "--save_gt",
@@ -161,11 +161,10 @@ def test_a_recipe(rehearsal, alone):
 
 
 def test_compiled(rehearsal, alone):
-    """A graph for training, one for validation; the figures of the first epoch without."""
-    graphs = (rehearsal.notes / "compiled").read_text().count("rank0 _MainThread graph\n")
-    (compiled,), (eager, _) = rehearsal.log("compiled"), rehearsal.log("mrl")
-    assert graphs == 2
-    assert compiled["train_loss"] == pytest.approx(eager["train_loss"], rel=0.02)
+    """A graph for training, one for validation. (That they compute the same: test_trainer.py.)"""
+    assert (rehearsal.notes / "compiled").read_text().count("rank0 _MainThread graph\n") == 2
+    (record,) = rehearsal.log("compiled")
+    assert record["val_images"] == 24 and np.isfinite(record["train_loss"])
 
 
 def test_eval_only(rehearsal, alone):

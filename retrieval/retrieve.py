@@ -15,6 +15,7 @@ V2's database is 1K's). What is there and fits the embeddings is used again, and
 stopped. The notebooks call the same functions (stages.py).
 """
 import argparse
+import sys
 
 import adanns
 import pandas as pd
@@ -52,7 +53,7 @@ def arguments():
 def example(name):
     """The command's line at the head of this file."""
     line = next(line.strip() for line in __doc__.splitlines() if f"retrieve.py {name} " in line)
-    return f"example:\n  {line.partition('  #')[0]}"
+    return f"example:\n  {line.partition('  #')[0].strip()}"
 
 
 def add_embeddings(command):
@@ -186,6 +187,7 @@ def metrics_command(study, args):
 def report_command(study, args):
     """the paper's study: all sizes, the adaptive grid, the funnels; tables and pictures"""
     print(format_table(report(study, args.index, args.sizes, args.shortlist, storages=args.storage)))
+    print(f"all columns and the pictures: {report_file(study.task, '*')}", file=sys.stderr)
 
 
 def index_command(study, args):

@@ -113,7 +113,10 @@ if [ ! -e "$done_file" ] || [ "$now" != "$(cat "$done_file")" ]; then
   set_up
 elif [ "$0" = "${BASH_SOURCE[0]}" ] && [ "${FFCV:-1}" != 0 ] && grep -q '^ffcv -' "$done_file"; then
   set_up      # ./setup.sh itself tries again what could not be built
+elif [ "$0" = "${BASH_SOURCE[0]}" ]; then
+  say "$(dirname "$done_file") is ready: nothing to do"
 fi
+if [ "$0" = "${BASH_SOURCE[0]}" ] && ours; then say "next: source .venv/bin/activate"; fi
 if grep -q '^ffcv -' "$done_file"; then
   say "FFCV is not installed: training reads image folders but no .ffcv files (./setup.sh says what FFCV needs)"
 fi

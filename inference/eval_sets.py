@@ -141,7 +141,7 @@ def check_own_classes(row, folder, found, num_classes):
     """Any other image folder is taken as it is, classes in their label order; only their number is checked."""
     if not found:
         raise InputError(f"{folder} has no class folders: {row.title} is 1,000 synset folders (n01440764 ...), from "
-                         f"{row.source}; images of your own need a folder for each class")
+                         f"{row.source}; images of your own need a folder for each class, or one (val/all)")
     if num_classes not in (None, len(found)):
         raise InputError(f"{folder} has {len(found)} class folders, the checkpoint {num_classes} classes")
     return label_order(found, folder)

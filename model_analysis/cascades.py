@@ -165,20 +165,21 @@ def tuned_on(policy, info, n):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     for function in (learn, apply):
-        command = commands.add_parser(function.__name__, help=function.__doc__)
+        command = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
         command.set_defaults(run=function)
-        command.add_argument("--folder", type=file_path, default="../inference",
-                             help="where pytorch_inference.py saved its files")
-        command.add_argument("--dataset", default="V1")
-        command.add_argument("--tta", action="store_true", help="files made with --tta, as the paper's cascades")
         command.add_argument("--policy", type=file_path, required=True, help="JSON file")
+        command.add_argument("--folder", type=file_path, default="../inference",
+                             help="where pytorch_inference.py saved its files (%(default)s)")
+        command.add_argument("--dataset", default="V1", help="(%(default)s)")
+        command.add_argument("--tta", action="store_true", help="files made with --tta, as the paper's cascades")
     command = commands.choices["learn"]
-    command.add_argument("--head", default="mrl", choices=HEADS)
-    command.add_argument("--fraction", type=bounded(float, 0, 1), default=0.2, help="of the images, to tune on; 1: all")
-    command.add_argument("--seed", type=bounded(int, 0), default=0)
+    command.add_argument("--head", default="mrl", choices=HEADS, help="(%(default)s)")
+    command.add_argument("--fraction", type=bounded(float, 0, 1), default=0.2,
+                         help="of the images, to tune on; 1: all (%(default)s)")
+    command.add_argument("--seed", type=bounded(int, 0), default=0, help="of the choice of these images (%(default)s)")
     args = parser.parse_args()
     args.run(args)
 

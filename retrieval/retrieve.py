@@ -15,6 +15,7 @@ V2's database is 1K's). What is there and fits the embeddings is used again, and
 stopped. The notebooks call the same functions (stages.py).
 """
 import argparse
+import sys
 
 import adanns
 import pandas as pd
@@ -36,26 +37,37 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (run, add) in COMMANDS.items():
-        command = commands.add_parser(name, help=run.__doc__.splitlines()[0])
+        command = commands.add_parser(name, help=run.__doc__.splitlines()[0], description=run.__doc__,
+                                      epilog=example(name), formatter_class=argparse.RawDescriptionHelpFormatter)
         command.set_defaults(run=run)
-        add_common(command)
-        if name != "qdrant":
-            add_search_place(command)
+        add_embeddings(command)
         add(command)
         if name in FIRST_STAGE:
             add_first_stage(command, several_indexes=name == "report")
+        add_results(command)
+        if name != "qdrant":
+            add_search_place(command)
     return parser
 
 
-def add_common(command):
-    default = Task()
-    add = command.add_argument
+def example(name):
+    """The command's line at the head of this file."""
+    line = next(line.strip() for line in __doc__.splitlines() if f"retrieve.py {name} " in line)
+    return f"example:\n  {line.partition('  #')[0].strip()}"
+
+
+def add_embeddings(command):
+    add, default = command.add_argument, Task()
     add("--embeddings", type=file_path, default=default.embeddings,
         help="folder of the -X.npy and -y.npy files (%(default)s)")
-    add("--output", type=file_path, default=default.output,
-        help="folder for index_files/, neighbors/, report/ (this one)")
     add("--dataset", default=default.dataset, help="1K, V2, 4K or another name that the files begin with (%(default)s)")
-    add("--model", default=default.model, choices=MODELS, help="(%(default)s)")
+    add("--model", default=default.model, choices=MODELS, metavar="MODEL", help="%(choices)s (default %(default)s)")
+
+
+def add_results(command):
+    add = command.add_argument
+    add("--output", type=file_path, default=Task().output,
+        help="folder for index_files/, neighbors/, report/ (this one)")
     add("--csv", action="store_true", help="lists as header-less CSV, the original's format, not .npy")
 
 
@@ -69,7 +81,8 @@ def add_search_place(command):
 def add_first_stage(command, several_indexes):
     add, default = command.add_argument, Task().index
     add("--index", default=[default] if several_indexes else default, choices=INDEXES,
-        nargs="+" if several_indexes else None, help="of the first stage (%(default)s)")
+        metavar="INDEX", nargs="+" if several_indexes else None,
+        help=f"of the first stage: %(choices)s (default {default})")
     add("--nlist", type=COUNT, help="ivf_*: clusters of the database (a power of two near 2 sqrt(n))")
     add("--nprobe", type=COUNT, help="ivf_*: clusters that a search visits (a 32nd of them, 16 at least)")
 
@@ -110,10 +123,10 @@ def add_report(command):
 
 
 def add_index(command):
-    command.add_argument("--retrieval_dim", type=COUNT, required=True)
-    command.add_argument("--rerank_dim", type=COUNT, help="default: the full width")
+    command.add_argument("--retrieval_dim", type=COUNT, required=True, help="size of the shortlist's search: D_s")
+    command.add_argument("--rerank_dim", type=COUNT, help="size it is re-ranked at: D_r (the full width)")
     command.add_argument("--shortlist", type=COUNT, default=200, help="candidates re-ranked for k = 10 (%(default)s)")
-    command.add_argument("--storage", default="float32", choices=STORES, help="(%(default)s)")
+    command.add_argument("--storage", default="float32", choices=STORES, help="of what is re-ranked (%(default)s)")
 
 
 def add_project(command):
@@ -174,6 +187,7 @@ def metrics_command(study, args):
 def report_command(study, args):
     """the paper's study: all sizes, the adaptive grid, the funnels; tables and pictures"""
     print(format_table(report(study, args.index, args.sizes, args.shortlist, storages=args.storage)))
+    print(f"all columns and the pictures: {report_file(study.task, '*')}", file=sys.stderr)
 
 
 def index_command(study, args):

@@ -95,8 +95,8 @@ def adaptive_search(index, xq, k, shortlist=200, nprobe=None):
         raise InputError(f"k={k}, shortlist={shortlist}: must be 1 <= k <= shortlist <= {index.ntotal} vectors")
     if shortlist > 1000 * k:
         raise InputError(f"k={k}, shortlist={shortlist}: FAISS re-ranks at most 1,000 k candidates")
-    if xq.shape[1] != index.d:
-        raise InputError(f"the queries have {xq.shape[1]} dimensions, the index {index.d}")
+    if xq.ndim != 2 or xq.shape[1] != index.d:
+        raise InputError(f"the queries have the shape {list(xq.shape)}, not [q, {index.d}] (one query: xq[None])")
     second = faiss.downcast_index(index.index)
     first = faiss.downcast_index(second.base_index)
     queries = check_finite(xq, first.index.d, second.d, what="the queries")

@@ -67,6 +67,15 @@ def test_two_parts_of_one_data_set(both, image_tree):
         loaders.check_data(file, image_tree / "val", 3)
 
 
+def test_a_head_of_more_classes_than_folders_is_noted(image_tree, capsys):
+    """ImageNet's 1,000 are the default: training works, and the evaluation would refuse the checkpoint."""
+    data = image_tree / "train", image_tree / "val"
+    loaders.check_data(*data, 3)
+    assert not capsys.readouterr().err
+    loaders.check_data(*data, 1000)
+    assert "has 3 classes, the head 1000: --model.num_classes=3 makes one" in capsys.readouterr().err
+
+
 def test_what_is_no_data_set(tmp_path, image_tree, monkeypatch):
     with pytest.raises(InputError, match=r"nothing: no such file; give a folder of class folders, or an .ffcv file"):
         loaders.reader_of(tmp_path / "nothing")

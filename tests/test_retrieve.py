@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import retrieval_world
+import retrieve as retrieve_module
 from conftest import ROOT
 from retrieval_world import assert_nearest
 
@@ -80,3 +81,16 @@ def test_without_a_folder_for_compiled_code(run, folders, tmp_path):
     ("funnel --retrieval_dim 8 --rerank_dims 16 32 --shortlists 10 20", "must not grow")])
 def test_bad_input_is_one_line(refusal, command, complaint):
     assert complaint in refusal(command)
+
+
+@pytest.mark.parametrize("command", retrieve_module.COMMANDS)
+def test_each_commands_help_ends_with_an_example(command, capsys, monkeypatch):
+    """Under 100 columns; what the search is of stands before how it runs."""
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr("sys.argv", ["retrieve.py", command, "--help"])
+    with pytest.raises(SystemExit):
+        retrieve_module.arguments().parse_args()
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 120
+    assert said.splitlines()[-1].startswith(f"  python retrieve.py {command}")
+    assert said.index("\n  --embeddings") < said.index("\n  --model") < said.index("\n  --output")

@@ -48,6 +48,11 @@ def test_adaptive_search_refuses_lengths_that_do_not_fit(world, k, shortlist):
         adaptive_search(adaptive_index(world[0], 8, index="exactl2"), world[1], k, shortlist)
 
 
+def test_a_query_without_its_row_is_refused(world):
+    with pytest.raises(InputError, match=r"shape \[64\], not \[q, 64\]"):
+        adaptive_search(adaptive_index(world[0], 8, index="exactl2"), world[1][0], 10)
+
+
 @pytest.mark.parametrize("shortlist", [9, 3001])
 def test_a_shortlist_that_faiss_cannot_keep_is_refused(world, shortlist):
     with pytest.raises(InputError, match=f"shortlist={shortlist} is not between 10 and 3000"):

@@ -8,7 +8,7 @@ import pytest
 import write_imagenet
 import yaml
 from conftest import ROOT
-from settings import PATH, as_dict, read_settings
+from settings import PATH, as_dict, describe, read_settings
 from train_imagenet import CONFIG
 
 from mrl_files import InputError
@@ -148,3 +148,12 @@ def test_an_unknown_flag_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         read(monkeypatch, "--model.mlr=1")
     assert "unrecognized arguments: --model.mlr=1" in capsys.readouterr().err
+
+
+def test_help_is_plain_and_fits_a_terminal():
+    """Also in a pager or a file; what is required stands first."""
+    lines = describe(CONFIG).splitlines()
+    assert max(map(len, lines)) <= 100 and "\x1b" not in "".join(lines)
+    words = " ".join(line.split()[0] for line in lines if line.startswith("  --"))
+    assert all(f"--{'.'.join(path)}" in words for path in CONFIG.entries)
+    assert words.index("--data.train_dataset") < words.index("--logging.folder") < words.index("--model.arch")

@@ -10,7 +10,7 @@ import torch
 import train_imagenet
 from conftest import free_port
 from loaders import normalise
-from trainer import Trainer
+from trainer import Trainer, data_root
 
 import mrl_files
 import mrl_models
@@ -244,3 +244,9 @@ def test_tta_averages_the_mirrored_image(trainer):
     trainer.settings.validation.lr_tta = 1
     expected = (model(images) + model(images.flip(-1))) / 2
     torch.testing.assert_close(trainer.val_logits(model, images), expected[None])
+
+
+def test_the_next_command_finds_a_folder_of_ones_own(tmp_path):
+    (tmp_path / "my pictures/val").mkdir(parents=True)
+    assert data_root(tmp_path / "my pictures/val") == f" --data_root '{tmp_path}/my pictures'"
+    assert data_root(tmp_path / "my pictures") == data_root(tmp_path / "val.ffcv") == ""

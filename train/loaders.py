@@ -5,6 +5,7 @@ which alone FFCV is imported. Both cut images as augmentation.py draws it. Used 
 """
 import importlib
 import os
+import sys
 
 import folder_loader
 import numba
@@ -46,10 +47,13 @@ def val_loader(path, batch_size, num_workers, *args, **how):
 
 def check_data(train, val, num_classes):
     """-> number of training images, if both data sets are complete, with labels below num_classes, and made from the
-    same classes; InputError otherwise."""
+    same classes; InputError otherwise. A note where there are fewer classes than num_classes."""
     (images, classes), (_, others) = (reader_of(path).inspect(path, num_classes) for path in (train, val))
     if classes and others:
         check_same_classes(train, classes, val, others)
+    if classes and len(classes) < num_classes and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"note: {train} has {len(classes)} classes, the head {num_classes}: --model.num_classes={len(classes)} "
+              "makes one that fits", file=sys.stderr)
     return images
 
 

@@ -4,6 +4,7 @@ fastargs itself ignores unknown keys of a config file and exits with status 0 on
 """
 import argparse
 import math
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,8 +39,28 @@ def read_settings(config, description, defaults=None):
     config.collect_config_file = lambda path: config.collect(files[path])      # fastargs' own follows the locale
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     config.augment_argparse(parser)
+    parser.epilog = describe(config)
     config.collect_argparse_args(parser)
     return checked(config)
+
+
+def describe(config):
+    """-> the settings for --help, required sections first. (fastargs' own tables are wider than a terminal, and drawn
+    with escape codes that a pager or a file shows as letters.)"""
+    lines = ["settings, as flags (--lr.lr=0.5) or in a YAML file (lr: {lr: 0.5}):"]
+    required = {section: any(config.entries[path].required for path in paths)
+                for section, paths in config.sections_to_entries.items()}
+    for section in sorted(required, key=required.get, reverse=True):
+        lines += ["", config.sections[section].desc]
+        lines += [describe_setting(path, config.entries[path]) for path in config.sections_to_entries[section]]
+    return "\n".join(lines)
+
+
+def describe_setting(path, param):
+    default = " (required)" if param.required else "" if param.default is None else f"={param.default}"
+    words = f"{param.desc} ({param.checker.help()})"
+    return textwrap.fill(words, 100, initial_indent=f"  {'--' + '.'.join(path) + default:<33} ",
+                         subsequent_indent=" " * 36)
 
 
 def given_settings(config, values):

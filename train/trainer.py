@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import checkpoint
 import launch
@@ -137,8 +138,8 @@ class Trainer:
             for name, model in reversed(self.models.items()):      # final_weights.pt last: the run is finished
                 checkpoint.save_weights(self.folder, model.state_dict(), name)
             weights = (self.folder / "final_weights.pt").absolute()
-            print(f"final weights: {weights}\nnext: cd ../inference && "
-                  f"python pytorch_inference.py --path {shlex.quote(str(weights))} --dataset V1")
+            print(f"final weights: {weights}\nnext: cd ../inference && python pytorch_inference.py "
+                  f"--path {shlex.quote(str(weights))} --dataset V1{data_root(self.settings.data.val_dataset)}")
 
     def one_epoch(self, loader, val, stop):
         """Train, validate where asked for, and leave a line in the log and a checkpoint."""
@@ -267,3 +268,9 @@ class Trainer:
 
     def elapsed(self):
         return self.before + time.time() - self.began
+
+
+def data_root(val):
+    """-> what tells pytorch_inference.py where V1 is, if training validated on a folder called val."""
+    folder = Path(val).absolute()
+    return f" --data_root {shlex.quote(str(folder.parent))}" if folder.is_dir() and folder.name == "val" else ""

@@ -158,19 +158,23 @@ COMMANDS = {"lp": lp, "svd": svd, "ncm": ncm}
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=list(COMMANDS))
-    parser.add_argument("--arrays", type=file_path, default=".", help="folder of the arrays")
-    parser.add_argument("--model", default="mrl1_e0_ff2048", help="the model's name in the arrays' names")
-    parser.add_argument("--dataset", default="1K", choices=["1K", "V2", "4K"])
+    parser.add_argument("command", choices=list(COMMANDS), help="which comparison: above")
+    parser.add_argument("--arrays", type=file_path, default=".", help="folder of the arrays (this one)")
+    parser.add_argument("--model", default="mrl1_e0_ff2048", help="the model's name in the arrays' names (%(default)s)")
+    parser.add_argument("--dataset", default="1K", choices=["1K", "V2", "4K"],
+                        help="whose arrays (%(default)s)")
     parser.add_argument("--sizes", type=int, nargs="+", help="default: those of the model; for FF 8, 16 ... its width")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu, cuda or cuda:1 (here %(default)s)")
     parser.add_argument("--output", type=file_path, help="folder for the figures (default: that of the arrays)")
     parser.add_argument("--path", type=find_weights, help="svd: the fixed-feature checkpoint")
     parser.add_argument("--arch", help="svd: its architecture, where no params.json lies beside it (default resnet50)")
-    parser.add_argument("--epochs", type=bounded(int, 1), default=10, help="lp")
-    parser.add_argument("--lr", type=bounded(float, 0), default=1e-3, help="lp")
-    parser.add_argument("--shots", type=bounded(int, 1), nargs="+", default=[1, 3, 5, 7, 9], help="ncm")
-    parser.add_argument("--trials", type=bounded(int, 1), default=5, help="ncm: random choices of the shots")
+    parser.add_argument("--epochs", type=bounded(int, 1), default=10, help="lp: epochs of training (%(default)s)")
+    parser.add_argument("--lr", type=bounded(float, 0), default=1e-3, help="lp: learning rate (%(default)s)")
+    parser.add_argument("--shots", type=bounded(int, 1), nargs="+", default=[1, 3, 5, 7, 9],
+                        help="ncm: images of a class whose mean is taken (1 3 5 7 9)")
+    parser.add_argument("--trials", type=bounded(int, 1), default=5,
+                        help="ncm: random choices of the shots (%(default)s)")
     return parser.parse_args()
 
 

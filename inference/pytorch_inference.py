@@ -59,11 +59,12 @@ def add_run_flags(group):
     either, pixels = group.add_mutually_exclusive_group(), bounded(int, 1, 10_000)
     group.add_argument("--workers", type=bounded(int, 0, 16 * os.cpu_count()), default=min(12, os.cpu_count()),
                        help="processes that read images")
-    group.add_argument("--batch_size", type=positive, default=256)
+    group.add_argument("--batch_size", type=positive, default=256, help="images at a time (%(default)s)")
     group.add_argument("--resize", type=pixels, help="pixels of the shorter side before the crop (default 256; "
                                                       "of a timm network what its crop share says)")
     group.add_argument("--crop", type=pixels, default=224, help="pixels of the central crop")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                       help="cpu, cuda or cuda:1 (here %(default)s)")
     either.add_argument("--precision", choices=["fp32", "fp16", "bf16"],
                         help="of the network (default fp32; with --retrieval on a GPU fp16, as the original)")
     either.add_argument("--amp", dest="precision", action="store_const", const="fp16",

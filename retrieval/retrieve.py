@@ -130,7 +130,8 @@ def add_index(command):
 
 
 def add_project(command):
-    command.add_argument("--method", required=True, choices=PROJECTIONS)
+    command.add_argument("--method", required=True, choices=PROJECTIONS,
+                         help="svd of the database, or jl: a random projection")
     command.add_argument("--size", type=COUNT, help="default: the full width, whose prefixes are the smaller sizes")
 
 

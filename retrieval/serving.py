@@ -28,7 +28,7 @@ def adaptive_index(xb, retrieval_dim, rerank_dim=None, index="hnsw32", shortlist
     retrieval_dim = check_size(xb, retrieval_dim)
     rerank_dim = check_size(xb, rerank_dim or xb.shape[1])
     if not K <= shortlist <= min(len(xb), 1000 * K):      # FAISS keeps it as a factor of k, from 1 to 1,000
-        raise InputError(f"shortlist={shortlist} is not between {K} and {min(len(xb), 1000 * K)} "
+        raise InputError(f"--shortlist={shortlist} is not between {K} and {min(len(xb), 1000 * K)} "
                          f"(the database has {len(xb)} vectors)")
     if storage not in STORES:
         raise InputError(f"unknown storage {storage!r}: {', '.join(STORES)}")

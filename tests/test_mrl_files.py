@@ -148,16 +148,24 @@ def test_every_text_is_read_and_written_as_utf8():
     assert len(texts) > 10 and [place for place, node in texts if words(node).get("encoding") != "'utf-8'"] == []
 
 
+def flags():
+    """-> [(place, flag, words)] of every command-line flag."""
+    return [(f"{place} {ast.unparse(node.args[0])}", ast.literal_eval(node.args[0]), words(node))
+            for place, name, node in calls() if re.fullmatch(r".*add_argument|add", name) and node.args
+            and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str)]
+
+
+def test_every_flag_says_what_it_is():
+    assert [place for place, _, given in flags() if not given.get("help") and not place.startswith("benchmarks")] == []
+
+
 def test_every_flag_that_is_a_path_knows_the_users_home():
     """A flag that takes any text is a path, or one of these."""
     others = {"--dataset", "--model", "--arch", "--head", "--device", "--index", "--dump", "--license", "--push",
               "--url", "--collection",
               "value"}
-    flags = [(f"{place} {ast.unparse(node.args[0])}", ast.literal_eval(node.args[0]), words(node))
-             for place, name, node in calls() if re.fullmatch(r".*add_argument|add", name) and node.args
-             and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str)]
-    paths = [place for place, _, given in flags if given.get("type") in ("file_path", "find_weights")]
-    free = [place for place, flag, given in flags if flag not in others and not {"choices", "action"} & given.keys()
+    paths = [place for place, _, given in flags() if given.get("type") in ("file_path", "find_weights")]
+    free = [place for place, flag, given in flags() if flag not in others and not {"choices", "action"} & given.keys()
             and given.get("type", "str") in ("str", "Path")]
     assert len(paths) > 20 and free == []
 

@@ -571,7 +571,7 @@ def the_line(stderr):
     complaints = [line for line in lines if re.match(r"(\S+\.py( \w+)?: )?error: ", line)]
     assert len(complaints) == 1 and lines[-1] == complaints[0], stderr
     assert not re.search(r"Traceback|Warning|Exception", stderr), stderr
-    allowed = r"usage: |  +|unreadable: |warning: |writing failed: |.*(%\||it/s|\?it)"
+    allowed = r"usage: |  +|unreadable: |warning: |note: |writing failed: |.*(%\||it/s|\?it)"
     assert all(re.match(allowed, line) for line in lines[:-1]), stderr
     return complaints[0]
 

@@ -85,7 +85,7 @@ def test_bad_input_is_one_line(refusal, command, complaint):
 
 @pytest.mark.parametrize("command", retrieve_module.COMMANDS)
 def test_each_commands_help_ends_with_an_example(command, capsys, monkeypatch):
-    """Under 100 columns; what the search is of stands before how it runs."""
+    """In lines of 120 at most; what the search is of stands before how it runs."""
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr("sys.argv", ["retrieve.py", command, "--help"])
     with pytest.raises(SystemExit):

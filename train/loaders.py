@@ -8,6 +8,7 @@ import os
 import sys
 
 import folder_loader
+import launch
 import numba
 import torch
 
@@ -51,7 +52,7 @@ def check_data(train, val, num_classes):
     (images, classes), (_, others) = (reader_of(path).inspect(path, num_classes) for path in (train, val))
     if classes and others:
         check_same_classes(train, classes, val, others)
-    if classes and len(classes) < num_classes and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if classes and len(classes) < num_classes and launch.is_first():
         print(f"note: {train} has {len(classes)} classes, the head {num_classes}: --model.num_classes={len(classes)} "
               "makes one that fits", file=sys.stderr)
     return images

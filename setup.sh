@@ -9,6 +9,7 @@
 # uv fills .venv; where uv cannot be had, and in an environment of yours (which may borrow packages), pip installs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+unset PYTHONDONTWRITEBYTECODE      # containers set it: every start of Python would compile PyTorch's modules again, 7 s
 
 # FFCV asks pkg-config for all of OpenCV; where there is none (conda has one), setup/opencv4.pc names the parts it uses.
 pc=$PWD/setup:

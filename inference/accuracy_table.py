@@ -64,5 +64,5 @@ def plot(table, title):
     axes.set_xticks(sizes, sizes)
     axes.set(xlabel="representation size", ylabel="top-1 accuracy (%)", title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower right")
     return figure

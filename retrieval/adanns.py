@@ -253,7 +253,7 @@ def draw_compute(table, study):
     scale_sizes(right, codes.d_s if len(codes) else table.d_s)
     right.set(xlabel="representation size that a product quantiser reads")
     for axes in (left, right) if len(codes) else (left,):
-        axes.legend(fontsize=7)
+        axes.legend(loc="lower right", fontsize=7)
     widen(left)
     figure.suptitle(f"{study.task.dataset}: lines are the best at each cost, dots are all")
     return figure
@@ -276,7 +276,7 @@ def draw_recall(table, study):
             draw_line(axes, line.nprobe, line[column], model, d, f"C{sizes.index(d)}")
         scale_sizes(axes, rows.nprobe)
         axes.set(xlabel="clusters visited", ylabel=f"{column} (%)")
-    axes.legend(fontsize=7)
+    axes.legend(loc="lower right", fontsize=7)
     figure.suptitle(f"{study.task.dataset}: recall of the exact neighbours; clusters and search at one size")
     return figure
 

@@ -138,7 +138,7 @@ def draw_sizes(table, paper, task):
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set(xlabel="representation size", ylabel="mAP@10 (%)", title=f"{task.dataset}: single-shot retrieval")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower right")
     return figure
 
 
@@ -154,7 +154,7 @@ def draw_costs(table, paper, study):
         both[0].plot(paper.mflops, 100 * paper["mAP@10"], "x", color="black", label="the paper's")
     both[0].set(xlabel="MFLOPs per query", ylabel="mAP@10 (%)")
     both[1].set(xlabel="milliseconds for one query, measured")
-    both[0].legend()
+    both[0].legend(loc="lower right")
     widen(both[0])
     task, n = study.task, len(study.data(min(study.sizes)).xb)
     figure.suptitle(f"{task.dataset}, {MODEL_NAMES[task.model]}, {n:,} database vectors: "
@@ -172,7 +172,7 @@ def draw_memory(table, study):
             draw_methods(axes, rows, "bytes_per_vector", index, style, column)
         scale_costs(axes)
         axes.set(xlabel="bytes a vector: the index, and the numbers that are re-ranked", ylabel=f"{column} (%)")
-    both[0].legend()
+    both[0].legend(loc="lower right")
     widen(both[0])
     figure.suptitle(f"{study.task.dataset}, {MODEL_NAMES[study.task.model]}: memory; "
                     "neighbors@10: of the 10 nearest at the full width, those found")

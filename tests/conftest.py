@@ -5,7 +5,6 @@ import os
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,15 +17,13 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from forked import WARNINGS, Forked
 from nbclient import NotebookClient
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-# For commands in processes of their own; the exceptions are those of pyproject.toml.
-WARNINGS = ("error,ignore:The distutils package is deprecated:DeprecationWarning,"
-            "ignore:This process:DeprecationWarning,ignore:Implicitly cleaning up:ResourceWarning")
 DISK = 4 << 30      # bytes; 2.3 GB were in use at most
 FFCV = importlib.util.find_spec("ffcv") is not None
 NEED_FFCV = ["test_ffcv_loader", "test_late_streams", "test_gpu_rehearsal", "test_write_imagenet"]
@@ -88,11 +85,12 @@ def golden():
 @pytest.fixture(scope="session")
 def run():
     """run("train", "train_imagenet.py --help") -> CompletedProcess of `python <command>` started in that folder."""
-    def start(folder, command, check=True, env=None, timeout=600):
-        done = subprocess.run([sys.executable, *words_of(command)], cwd=ROOT / folder, capture_output=True, text=True,
-                              env=with_python(**(env or {})), timeout=timeout)
-        assert not check or done.returncode == 0, done.stderr[-4000:]
-        return done
+    def start(folder, command, check=True, **environment):
+        script, *words = words_of(command)
+        process = Forked(f"{folder}/{script}", *words, **environment)
+        out, err = process.communicate()
+        assert not check or process.returncode == 0, err[-4000:]
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
     return start
 
 
@@ -252,13 +250,6 @@ def with_python(**variables):
     """The environment, with this Python first on the path (shell scripts call `python`), warnings as errors."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "PYTHONWARNINGS": WARNINGS, **variables}
-
-
-def free_port():
-    """-> a port of this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 def fill(state_dict, seed):

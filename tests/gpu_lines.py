@@ -6,28 +6,29 @@ NAME, CUDA = re.compile("cuda|gpu|cudnn|nccl", re.IGNORECASE), re.compile(r"(cud
 
 
 def gpu_statements(source):
-    """-> {(first line, last line): text} of the simple statements and conditions that name a GPU, and of all that stand
+    """-> {(first line, last line): text} of the statements that only a machine with a GPU runs: see gpu_nodes."""
+    return {(node.lineno, node.end_lineno): ast.unparse(node) for node in gpu_nodes(ast.parse(source).body)}
+
+
+def gpu_nodes(block, only_gpu=False):
+    """Yield, of a block of statements, the simple statements and conditions that name a GPU, and of all that stand
     where only a machine with one comes: in `if cuda`, after `if device == "cpu": return`, in a function `on_gpu`.
 
     Where there is a GPU, a statement that names one takes its branch of `a if cuda else b`: it is enough that it ran.
     """
-    return dict(found(ast.parse(source).body, False))
-
-
-def found(block, only_gpu):
     for statement in block:
         if isinstance(statement, ast.If):
             where, otherwise = sides(statement.test)
             yield from one(statement.test, only_gpu)
-            yield from found(statement.body, only_gpu or where == "gpu")
-            yield from found(statement.orelse, only_gpu or otherwise == "gpu")
+            yield from gpu_nodes(statement.body, only_gpu or where == "gpu")
+            yield from gpu_nodes(statement.orelse, only_gpu or otherwise == "gpu")
             only_gpu = only_gpu or (otherwise == "gpu" and isinstance(statement.body[-1], ast.Return | ast.Raise))
         elif hasattr(statement, "body"):
             inside = only_gpu or bool(NAME.search(getattr(statement, "name", "")))
             for name in ("body", "orelse", "finalbody"):
-                yield from found(getattr(statement, name, []), inside)
+                yield from gpu_nodes(getattr(statement, name, []), inside)
             for handler in getattr(statement, "handlers", []):
-                yield from found(handler.body, inside)
+                yield from gpu_nodes(handler.body, inside)
         else:
             yield from one(statement, only_gpu)
 
@@ -35,7 +36,7 @@ def found(block, only_gpu):
 def one(node, only_gpu):
     docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     if (only_gpu or names_gpu(node)) and not docstring:
-        yield (node.lineno, node.end_lineno), ast.unparse(node)
+        yield node
 
 
 def sides(test):

@@ -70,8 +70,7 @@ def kill_at_random(words, folder, rng):
     between = saves[-1][1] - saves[-2][1] if len(saves) > 2 else 0.5
     time.sleep(rng.uniform(0, between))
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
+    process.communicate()
     if (folder / "final_weights.pt").exists():
         return "finished"
     return "saving" if list(folder.glob(".checkpoint*.pt")) else "training"

@@ -66,6 +66,7 @@ from abuse_inputs import (
     words_of,
 )
 from conftest import ROOT, exit_status, output_to, python_that_notes, start_here, with_python
+from forked import Forked
 
 
 class Row(NamedTuple):
@@ -439,10 +440,13 @@ INTERRUPTED = [
 def test_interrupted_work_leaves_no_half_file_and_no_process(stopped, place):
     """Ctrl-C reaches all processes of a command, `kill` the first one only."""
     place.large = stopped.large(place)
-    before, stderr = contents(place), place.here.parent / "stderr"
-    process = start(stopped.command, place, stderr)
+    before = contents(place)
+    script, *words = words_of(stopped.command, place)
+    process = Forked(script, *words)
+    stderr = process.output[1]
     try:
-        wait_for(lambda: re.search(stopped.begun, stderr.read_text()) or process.poll() is not None)
+        wait_for(lambda: (stderr.exists() and re.search(stopped.begun, stderr.read_text()))
+                 or process.poll() is not None)
         os.kill(process.pid if stopped.signum == signal.SIGTERM else -process.pid, stopped.signum)
         assert process.wait(120) == 128 + stopped.signum, stderr.read_text()
         wait_for(lambda: no_process_in_group(process.pid))
@@ -452,15 +456,6 @@ def test_interrupted_work_leaves_no_half_file_and_no_process(stopped, place):
         process.wait()
     assert not re.search("Traceback|Warning|leaked", stderr.read_text())
     assert_kept(before, place, stopped.leaves)
-
-
-def start(command, place, stderr):
-    """A process of its own, and the first of its group. Not a fork of this one: its PyTorch has threads, which a fork
-    loses and then waits for."""
-    script, *words = words_of(command, place)
-    with open(stderr, "w") as file:
-        return subprocess.Popen([sys.executable, Path(script).name, *words], cwd=(ROOT / script).parent, stderr=file,
-                                stdout=subprocess.DEVNULL, env=with_python(OMP_NUM_THREADS="1"), start_new_session=True)
 
 
 def wait_for(condition, seconds=180):

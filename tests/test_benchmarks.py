@@ -127,7 +127,7 @@ def run_gpu(run, tmp_path, words, **replaced):
     for module, text in replaced.items():
         (tmp_path / f"{module}.py").write_text(text)
     done = run("benchmarks", f"gpu.py --tiny --device cpu --output {tmp_path}/gpu.json {words}", check=False,
-               env={"PYTHONPATH": f"{tmp_path}:../train:../inference:../retrieval"})
+               PYTHONPATH=f"{tmp_path}:../train:../inference:../retrieval")
     table = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
     kept = json.loads((tmp_path / "gpu.json").read_text())["rows"] if (tmp_path / "gpu.json").exists() else []
     assert [row[0] for row in table] == [row[0] for row in kept]

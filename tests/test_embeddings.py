@@ -1,8 +1,7 @@
 """Dumps are exact and resumable: killed and restarted, the bytes are the same. (Two processes: the commands' tests.)"""
 import json
 import resource
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
@@ -10,8 +9,8 @@ import embeddings
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from embeddings import Files, describe_dump, dump, remove_head
+from forked import Forked
 from image_set import ImageSet, Preparation
 from image_trees import SIZE, ColourReader, make_tree
 
@@ -239,34 +238,27 @@ def test_rows_that_nobody_wrote_are_no_complete_dump(tmp_path, monkeypatch):
         write(image_set(tmp_path / "tree"), tmp_path / "out" / "m")
 
 
-# A process of its own, so that it can be killed.
-DUMP = """
-import sys, time
-sys.path[:0] = [{inference!r}, {tests!r}]
-from pathlib import Path
-from test_embeddings import Features, image_set, write
-
 class Slow(Features):
     def forward(self, x):
         time.sleep(0.3)
         return super().forward(x)
 
-write(image_set(Path({tree!r}), 20, 3), Path({stem!r}), model=Slow())
-"""
+
+def write_slowly(tree, stem):
+    write(image_set(tree, 20, 3), stem, model=Slow())
 
 
 def test_killed_dump_restarted_equals_an_uninterrupted_one(tmp_path):
     tree, stem = tmp_path / "tree", tmp_path / "out" / "m"
     write(image_set(tree, 20, 3), tmp_path / "whole" / "m")
     files = Files(stem)
-    script = DUMP.format(inference=str(ROOT / "inference"), tests=str(ROOT / "tests"), tree=str(tree), stem=str(stem))
-    process = subprocess.Popen([sys.executable, "-c", script])
+    process = Forked(write_slowly, tree, stem)
     try:
         deadline = time.time() + 60
         while time.time() < deadline and not (files.plan.exists() and np.load(files.state).sum() >= 12):
             time.sleep(0.05)
     finally:
-        process.kill()
+        process.send_signal(signal.SIGKILL)
         process.wait()
     assert 12 <= np.load(files.state).sum() < 60 and not files.X.exists()      # some of the 60 images are done
     write(image_set(tree, 20, 3), stem)

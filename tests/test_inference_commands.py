@@ -3,8 +3,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from functools import cache
 from types import SimpleNamespace
 
@@ -16,8 +14,8 @@ import pytest
 import pytorch_inference
 import torch
 import which_model
-from conftest import ROOT, free_port, with_python
 from eval_sets import read_synsets
+from forked import fork_ranks
 from image_set import ImageSet, Preparation
 from image_trees import make_run, make_tree
 from PIL import Image
@@ -442,13 +440,14 @@ def test_flags_that_argparse_refuses(monkeypatch, capsys, words):
 
 # ------------------------------------------------------------------------------------------------ as a user runs them
 
-def test_two_processes_write_the_same_files_as_one(trained, run, command, root, tmp_path):
-    """torchrun --nproc_per_node 2, gloo, images in batches of 4: the bytes of a run of one process."""
+def test_two_processes_write_the_same_files_as_one(trained, command, root, tmp_path):
+    """As torchrun starts them, gloo, images in batches of 4: the bytes of a run of one process."""
     path, flags = trained("mrl"), ["--retrieval", "--batch_size", 4, "--retrieval_array_path"]
     command("--path", path, *flags, tmp_path / "one")
-    run("inference", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "pytorch_inference.py",
-                      *SMALL, "--data_root", root, "--path", path, *flags, tmp_path / "two"],
-        env={"OMP_NUM_THREADS": str(torch.get_num_threads())})
+    both = fork_ranks(2, "inference/pytorch_inference.py", *SMALL, "--data_root", root, "--path", path, *flags,
+                      tmp_path / "two")
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
     for name in names(tmp_path / "one"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     assert names(tmp_path / "one") == names(tmp_path / "two")
@@ -459,12 +458,9 @@ def test_what_stops_one_process_stops_all_and_one_says_why(trained, tmp_path, ro
     arrays = tmp_path / "arrays"
     arrays.mkdir()
     (arrays / "1K_val_mrl0_e0_ff8-X.json").write_text('{"checkpoint": "of another"}')
-    command = [sys.executable, "pytorch_inference.py", *SMALL, "--data_root", root, "--path",
-               trained("ff8"), "--retrieval", "--retrieval_array_path", arrays]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    both = [subprocess.Popen(list(map(str, command)), cwd=ROOT / "inference", stderr=subprocess.PIPE, text=True,
-                             env=with_python(**group, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)]
-    said = [process.communicate(timeout=300)[1] for process in both]
+    both = fork_ranks(2, "inference/pytorch_inference.py", *SMALL, "--data_root", root, "--path", trained("ff8"),
+                      "--retrieval", "--retrieval_array_path", arrays)
+    said = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [1, 1]
     complaints = re.findall("^error: .*", said[0] + said[1], re.M)
     assert len(complaints) == 1 and "checkpoint=of another" in complaints[0] and "Traceback" not in said[0] + said[1]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import launch
 import pytest
-from conftest import free_port
+from forked import free_port
 
 from mrl_files import InputError
 

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
+from torchvision.datasets import folder
 
 from mrl_files import InputError
 from mrl_images import (
+    IMG_EXTENSIONS,
     check_same_classes,
     class_folders,
     image_path,
@@ -100,6 +102,10 @@ def test_a_class_without_images_is_named(tmp_path):
     make(tmp_path, "a/0.png", "b/readme.txt")
     with pytest.raises(InputError, match=r"1 class folder\(s\) hold no images: b"):
         list_images(tmp_path, ["a", "b"])
+
+
+def test_the_endings_are_those_of_image_folder():
+    assert IMG_EXTENSIONS == folder.IMG_EXTENSIONS
 
 
 def test_names_that_are_not_utf8(tmp_path):

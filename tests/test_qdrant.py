@@ -14,7 +14,7 @@ import qdrant
 import rerank
 import retrieval_world
 import retrieve
-from conftest import free_port
+from forked import free_port
 from qdrant import Collection
 from records import record_file
 from retrieval_world import assert_nearest, distances

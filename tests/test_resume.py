@@ -3,7 +3,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ import launch
 import pytest
 import torch
 import train_imagenet
-from conftest import ROOT, free_port
+from forked import Forked, free_port, run_torchrun
 
 import mrl_models
 from mrl_files import InputError
@@ -22,6 +21,10 @@ from mrl_files import InputError
 
 def command(data, logs, name, *changes):
     return kill_and_resume.command(data, logs, name, "--model.arch=shufflenet_v2_x0_5", *changes)
+
+
+def start(words):
+    return Forked("train/train_imagenet.py", *words[2:])
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +115,9 @@ def test_a_second_process_is_kept_out_of_a_run(train, tmp_path):
         train("run")
 
 
-def test_a_killed_run_ends_alike(train, images, tmp_path):
+def test_a_killed_run_ends_alike(train, images, tmp_path, monkeypatch):
     """In its second or third epoch of four, or while a checkpoint of these is written."""
+    monkeypatch.setattr(kill_and_resume, "start", start)
     words = command(images, tmp_path, "run", "--training.epochs=4")
     assert kill_and_resume.kill_at_random(words, tmp_path / "run", random.Random(1)) != "finished"
     run, whole = (kill_and_resume.weights(train(name, "--training.epochs=4")) for name in ("run", "whole"))
@@ -121,10 +125,8 @@ def test_a_killed_run_ends_alike(train, images, tmp_path):
 
 
 def test_ctrl_c_finishes_the_step_and_saves(images, tmp_path):
-    process = kill_and_resume.start(command(images, tmp_path, "run", "--training.epochs=500"))
-    while not (tmp_path / "run/checkpoint.pt").exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
+    process = start(command(images, tmp_path, "run", "--training.epochs=500"))
+    wait_for_checkpoint(tmp_path / "run", process)
     process.send_signal(signal.SIGINT)
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGINT and "Traceback" not in stderr
@@ -133,34 +135,34 @@ def test_ctrl_c_finishes_the_step_and_saves(images, tmp_path):
 
 def test_two_processes_asked_to_stop_save_first(images, tmp_path):
     """Ctrl-C, which each process hears twice: from the terminal and from the first. (`kill`: test_gpu_rehearsal.py.)"""
-    words = command(images, tmp_path, "run", "--training.epochs=500", "--training.batch_size=6",
-                                    "--training.distributed=1", "--dist.world_size=2", f"--dist.port={free_port()}")
-    process = subprocess.Popen(words, cwd=ROOT / "train", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
-    while not (tmp_path / "run/checkpoint.pt").exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
+    process = start(command(images, tmp_path, "run", "--training.epochs=500", "--training.batch_size=6",
+                            "--training.distributed=1", "--dist.world_size=2", f"--dist.port={free_port()}"))
+    wait_for_checkpoint(tmp_path / "run", process)
     os.killpg(process.pid, signal.SIGINT)
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGINT and "Traceback" not in stderr, stderr
     assert stderr.count("go on with --training.resume=") == 1
 
 
+def wait_for_checkpoint(folder, *processes):
+    while not (folder / "checkpoint.pt").exists():
+        assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
+        time.sleep(0.02)
+
+
 def torchrun(images, logs, nodes, epochs):
     """-> the run folder of two gloo processes, of which one was killed when so many epochs of four were done."""
-    words = command(images, logs, "", "--training.epochs=4", "--training.batch_size=6")[1:]
+    words = command(images, logs, "", "--training.epochs=4", "--training.batch_size=6")[2:]
     words.remove("--logging.name=")
-    agent = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc_per_node={2 // nodes}",
-             "--max-restarts=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}", "--rdzv_id=run",
-             *words]
-    agents = [subprocess.Popen(agent, cwd=ROOT / "train", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    settings = {"min_nodes": nodes, "max_nodes": nodes, "nproc_per_node": 2 // nodes, "max_restarts": 1,
+                "rdzv_backend": "c10d", "rdzv_endpoint": f"localhost:{free_port()}", "run_id": "run"}
+    agents = [Forked(run_torchrun, settings, "train/train_imagenet.py", *words, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
               for _ in range(nodes)]
-    while not (logs / "run/checkpoint.pt").exists() or len(log(logs / "run")) < epochs:
-        assert all(agent.poll() is None for agent in agents), [agent.communicate()[0] for agent in agents]
+    wait_for_checkpoint(logs / "run", *agents)
+    while len(log(logs / "run")) < epochs:
         time.sleep(0.02)
     os.kill(sorted(children(agents[-1].pid))[-1], signal.SIGKILL)
-    output = "".join(agent.communicate(timeout=300)[0] for agent in agents)
+    output = "".join(part for agent in agents for part in agent.communicate())
     assert not any(agent.returncode for agent in agents), output[-9000:]
     assert output.count("run folder:") == 2
     return logs / "run"

@@ -1,5 +1,7 @@
 """retrieve.py as a user runs it: the documented commands, and one line for bad input."""
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ import pandas as pd
 import pytest
 import retrieval_world
 import retrieve as retrieve_module
-from conftest import ROOT
+from conftest import ROOT, with_python
 from retrieval_world import assert_nearest
 
 WORLD = retrieval_world.world(900, 40, 32)
@@ -64,16 +66,17 @@ def test_report(retrieve, folders):
         "1K_mrl_report.csv", "1K_mrl_size.png", "1K_mrl_cost.png"}
 
 
-def test_without_a_folder_for_compiled_code(run, folders, tmp_path):
+def test_without_a_folder_for_compiled_code(folders, tmp_path):
     """A checkout that cannot be written to, and no usable home (for root too): numba finds nowhere to keep anything."""
     for path in [*(ROOT / "retrieval").glob("*.py"), *(ROOT / "retrieval").glob("*.csv")]:
         shutil.copy(path, tmp_path)
     (tmp_path / "__pycache__").write_text("a file: no folder can be made here")
     caches = {"HOME": "/dev/null/home", "XDG_CACHE_HOME": "/dev/null/cache", "NUMBA_CACHE_DIR": ""}
-    done = run(tmp_path, f"retrieve.py rerank --retrieval_dim 4 --rerank_dims 32 --shortlist 20 --k 20 "
-                         f"--embeddings {folders[0]} --output {tmp_path / 'out'}", env=caches)
+    words = f"rerank --retrieval_dim 4 --rerank_dims 32 --shortlist 20 --k 20 --embeddings {folders[0]} --output out"
+    done = subprocess.run([sys.executable, "retrieve.py", *words.split()], cwd=tmp_path, env=with_python(**caches),
+                          capture_output=True, text=True, check=True)
     among = np.load(tmp_path / "out/neighbors/mrl/exactl2_4dim_20shortlist_1K.npy")
-    assert_nearest(WORLD[0], WORLD[2], 32, np.load(done.stdout.strip()), among=among)
+    assert_nearest(WORLD[0], WORLD[2], 32, np.load(tmp_path / done.stdout.strip()), among=among)
 
 
 @pytest.mark.parametrize("command, complaint", [

@@ -1,12 +1,12 @@
 """shards.py: two processes, this one the first, find what one pass finds; what stops one of them is one line."""
-import subprocess
-import sys
+import signal
 
 import numpy as np
 import pytest
 import retrieval_world
+import retrieve
 import shards
-from conftest import ROOT, free_port, with_python
+from forked import Forked, free_port
 from neighbor_lists import read_list
 from neighbors import search
 from records import record_file
@@ -19,7 +19,12 @@ from mrl_files import InputError, leave_group, read_json
 WORLD = retrieval_world.world(1001, 40, 32)
 XB, _, XQ, _ = WORLD
 MERGED = 7 * 600 * 12 * 2      # bytes: seven queries of the longest lists below
-START = f"import shards, retrieve; shards.MERGED = {MERGED}; retrieve.main()"
+
+
+def answer():
+    """What torchrun's second process does: search its part, until it is told to end."""
+    shards.MERGED = MERGED
+    retrieve.main()
 
 
 def in_group(process, port):
@@ -32,8 +37,7 @@ def in_group(process, port):
 def other(tmp_path_factory):
     """The second process, as torchrun starts it; this one has joined it as the first."""
     port = free_port()
-    second = subprocess.Popen([sys.executable, "-c", START], cwd=ROOT / "retrieval", stderr=subprocess.PIPE,
-                              env=with_python(**in_group(1, port), OMP_NUM_THREADS="1"))
+    second = Forked(answer, **in_group(1, port))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "MERGED", MERGED)
         for name, value in in_group(0, port).items():
@@ -42,8 +46,8 @@ def other(tmp_path_factory):
             assert shards.join()
             yield second
         finally:
-            second.kill()
-            second.communicate()
+            second.send_signal(signal.SIGKILL)
+            second.wait()
             leave_group()      # else the tests after these would be in it too
 
 
@@ -115,6 +119,6 @@ def test_other_embeddings_on_another_machine(task, split, of):
 
 def test_a_process_that_was_killed(task, other):
     """The last test: it ends the second process."""
-    other.kill()
+    other.send_signal(signal.SIGKILL)
     with pytest.raises(InputError, match="torchrun: one of the processes has ended before its time"):
         ensure_neighbors(Study(task), 16, 20)

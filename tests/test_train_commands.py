@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import train_imagenet
-from conftest import free_port
+from forked import free_port
 from torch.utils.data import DistributedSampler
 
 import MRL
@@ -84,7 +84,7 @@ def test_tensorboard_is_missed_at_the_start(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [0, 1])
-def test_on_a_gpu(compiled, tmp_path, ffcv_folder, run):
+def test_on_a_gpu(compiled, tmp_path, ffcv_folder):
     """fp16, two resolutions; resumed after its first epoch, a run ends where the whole one did, but for rounding.
 
     A ResNet18: benchmarks/gpu.sh has two minutes for this, and compiling a ResNet50 four times takes more.
@@ -103,7 +103,7 @@ def test_on_a_gpu(compiled, tmp_path, ffcv_folder, run):
     whole = torch.load(folder / "final_weights.pt")
     (folder / "final_weights.pt").unlink()
     first.replace(folder / "checkpoint.pt")
-    run("train", f"train_imagenet.py --training.resume={folder}")
+    kill_and_resume.finish([sys.executable, "train_imagenet.py", f"--training.resume={folder}"])
     records = [json.loads(line) for line in (folder / "log").read_text().splitlines()]
     assert [record["epoch"] for record in records] == [0, 1] and records[0]["peak_memory_mb"] > 0
     for name, weights in torch.load(folder / "final_weights.pt").items():

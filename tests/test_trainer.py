@@ -8,7 +8,7 @@ import launch
 import pytest
 import torch
 import train_imagenet
-from conftest import free_port
+from forked import Forked, free_port
 from loaders import normalise
 from trainer import Trainer, data_root
 
@@ -156,19 +156,20 @@ def test_a_run_that_diverged_in_fp16_ends_too(make_trainer, monkeypatch):
             trainer.check_weights()
 
 
-def test_what_diverged_in_one_of_two_processes_ends_both(tmp_path, monkeypatch, capfd):
+def test_what_diverged_in_one_of_two_processes_ends_both(tmp_path):
     """Validation is with the first one's running statistics alone; a second that ended by itself would leave it
     waiting. One line says why."""
     words = kill_and_resume.command("a", tmp_path, "run", "--training.distributed=1", "--dist.world_size=2",
                                     f"--dist.port={free_port()}")
-    monkeypatch.setattr(sys, "argv", words[1:])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    settings = train_imagenet.read_settings(train_imagenet.CONFIG, "")
-    with pytest.raises(SystemExit, match="1"):
-        launch.spawn(diverge_in_the_second, settings, tmp_path)
-    assert (tmp_path / "finite").read_text() == "True"
-    said = capfd.readouterr().err
+    process = Forked(diverge, words[1:], tmp_path)
+    _, said = process.communicate()
+    assert process.returncode == 1 and (tmp_path / "finite").read_text() == "True", said
     assert said.count("error: epoch 1: running statistics are NaN or infinite") == 1 and "Traceback" not in said
+
+
+def diverge(words, folder):
+    sys.argv = words
+    launch.spawn(diverge_in_the_second, train_imagenet.read_settings(train_imagenet.CONFIG, ""), folder)
 
 
 def diverge_in_the_second(process, settings, folder):

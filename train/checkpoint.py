@@ -13,10 +13,10 @@ import subprocess
 import sys
 import uuid
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import torchvision
 
 from mrl_files import InputError, describe_error, locked, read_json, replacing, write_json
 
@@ -31,7 +31,7 @@ FREE = ("data", "logging", "validation.batch_size", "dist.address", "dist.port",
 
 
 def write_params(folder, settings, spec):
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": version("torchvision")}
     write_json(folder / "params.json", {"model": spec, "settings": settings, "versions": versions,
                                         "git": git_revision(), "command": " ".join(sys.argv), "run": uuid.uuid4().hex})
 

@@ -36,7 +36,7 @@ def plot(lines, title):
     axes.set(xlabel="epoch", ylabel="top-1 accuracy (%)", title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    axes.legend(title="size", fontsize="small")
+    axes.legend(loc="lower right", title="size", fontsize="small")
     return figure
 
 

@@ -20,7 +20,6 @@ from loaders import import_ffcv
 from PIL import Image
 from settings import PATH, read_settings
 from torch.utils.data import Dataset
-from torchvision.datasets import CIFAR10
 
 from mrl_files import InputError, command_line, describe_error, replacing, write_json
 from mrl_images import check_same_classes, class_folders, printable
@@ -45,6 +44,7 @@ def open_dataset(cfg):
     """-> a data set of (RGB image, label) with the names of its classes."""
     try:
         if cfg.dataset == "cifar":
+            from torchvision.datasets import CIFAR10  # which takes 2 s
             return CIFAR10(cfg.data_dir, train=cfg.split == "train")
         dataset = ClassFolders(cfg.data_dir)
     except (RuntimeError, FileNotFoundError, InputError) as error:

@@ -23,15 +23,13 @@ from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, HeaderType
 from mrl_files import InputError, read_json
 
 
-def train_loader(path, batch_size, num_workers, in_memory, resolution, seed, device, *, distributed=False, indices=None,
-                 **crop):
+def train_loader(path, batch_size, num_workers, in_memory, resolution, seed, device, *, distributed=False, **crop):
     """crop: scale and flip of SeededCrop. Order as in the original: random over all processes when distributed, else
-    quasi-random (reads pages in turn); with `indices`, those images in that order.
+    quasi-random (reads pages in turn).
     """
     order = OrderOption.RANDOM if distributed else OrderOption.QUASI_RANDOM
     decoder = SeededCrop((resolution, resolution), **crop)
-    return TrainLoader(str(path), batch_size, num_workers, os_cache=bool(in_memory), seed=seed,
-                       order=order if indices is None else OrderOption.SEQUENTIAL, indices=indices,
+    return TrainLoader(str(path), batch_size, num_workers, os_cache=bool(in_memory), seed=seed, order=order,
                        distributed=distributed, pipelines=pipelines(decoder, device))
 
 

@@ -242,6 +242,12 @@ def stack_logits(output):
     return output if output.dim() == 3 else output[None]
 
 
+def compute_logits(model, images, tta=False):
+    """-> logits [G, N, C] float32; tta adds those of the mirrored images."""
+    logits = stack_logits(model(images)).float()
+    return logits + compute_logits(model, images.flip(-1)) if tta else logits
+
+
 def count(logits, target):
     """logits [G, N, C], target [N] -> [3, G] float64: sums over the images of top-1 hits, top-5 hits, cross-entropy."""
     sizes, n, classes = logits.shape

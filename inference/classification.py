@@ -25,7 +25,7 @@ from tqdm import tqdm
 from which_model import check_checkpoints, is_fixed_feature
 
 from mrl_files import InputError, write_json
-from mrl_models import autocast, classify_in_float32, count, load_model, model_name, preparation, stack_logits
+from mrl_models import autocast, classify_in_float32, compute_logits, count, load_model, model_name, preparation
 
 SAVED = ("logits", "softmax", "gt", "predictions")
 
@@ -107,12 +107,6 @@ def about_table(plans):
 
 
 # ------------------------------------------------------------------------------------------------ one evaluation
-
-def compute_logits(model, x, tta=False):
-    """-> logits [G, N, C] float32; tta adds those of the mirrored images."""
-    logits = stack_logits(model(x)).float()
-    return logits + compute_logits(model, x.flip(-1)) if tta else logits
-
 
 @torch.inference_mode()
 def evaluate(model, images, loader, device, *, tta=False, precision="fp32", skip_bad_images=False, keep=None):

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mrl_files import InputError, describe_error
-from mrl_models import autocast, classify_in_float32, count, preparation, stack_logits
+from mrl_models import autocast, classify_in_float32, compute_logits, count, preparation
 
 SKIPS = 26                           # steps in a row that fp16 may skip: a healthy run skips a few at its beginning
 LEAST_SCALE = 2.0 ** (16 - SKIPS)    # where the loss scale, 2**16 at first, is after so many
@@ -219,21 +219,16 @@ class Trainer:
         model.eval()
         sums = torch.zeros(3, len(self.spec["nesting_list"]), device=self.device, dtype=torch.float64)
         n = torch.zeros(1, device=self.device, dtype=torch.int64)
+        tta = self.settings.validation.lr_tta
         # no_grad, not inference_mode: FFCV makes its tensors here, and its own thread writes into them
         with torch.no_grad(), self.autocast:
             for images, labels in self.bar(loader, "validation"):
-                sums += count(self.val_logits(model, normalise(images, self.mean, self.std)), labels.flatten())
+                logits = compute_logits(model, normalise(images, self.mean, self.std), tta)
+                sums += count(logits / 2 if tta else logits, labels.flatten())      # the loss of the mean
                 n += len(images)
         top_1, top_5, loss = launch.total(self.process, sums) / launch.total(self.process, n)
         return {**named(self.spec, f"{name}top_1", top_1), **named(self.spec, f"{name}top_5", top_5),
                 **named(self.spec, f"{name}val_loss", loss), "val_images": n.item()}
-
-    def val_logits(self, model, images):
-        """-> [G, N, C]; with lr_tta the mean of those of the images and of their mirror images."""
-        logits = stack_logits(model(images))
-        if self.settings.validation.lr_tta:
-            logits = (logits + stack_logits(model(images.flip(-1)))) / 2
-        return logits
 
     # ---- state
 

@@ -204,15 +204,7 @@ def default_nesting_list(width, start=3):
     """Powers of two from 2**start up to the feature width, the width itself last (2048, 3 -> 8 ... 2048)."""
     if not 0 <= start <= math.log2(width):
         raise InputError(f"nesting_start={start}: 2**{start} is not between 1 and the feature width {width}")
-    return [2 ** i for i in range(start, math.ceil(math.log2(width))) if 2 ** i < width] + [width]
-
-
-def check_relative_importance(weights):
-    weights = torch.as_tensor(weights, dtype=torch.float32)
-    if weights.dim() != 1 or not weights.isfinite().all() or (weights < 0).any() or not weights.any():
-        raise InputError(f"relative_importance must be a list of non-negative numbers, not all 0; "
-                         f"got {weights.tolist()}")
-    return weights
+    return [2 ** i for i in range(start, math.ceil(math.log2(width)))] + [width]
 
 
 # ------------------------------------------------------------------------------------------------ logits

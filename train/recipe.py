@@ -2,6 +2,10 @@
 
 Used by trainer.py and train_imagenet.py.
 """
+import math
+import sys
+
+import launch
 import numpy as np
 import torch
 from torch import nn
@@ -13,7 +17,6 @@ from mrl_models import (
     build_from_spec,
     build_model,
     check_image_size,
-    check_relative_importance,
     classifier,
     default_nesting_list,
     feature_width,
@@ -50,7 +53,7 @@ def model_spec(settings):
     with torch.device("meta"):
         spec = build_model(m.arch, head, sizes, m.num_classes, settings.training.use_blurpool).spec
     importance = relative_importance(settings)
-    if importance is not None and len(importance) != len(spec["nesting_list"]):
+    if importance and len(importance) != len(spec["nesting_list"]):
         raise InputError(f"--model.relative_importance: {len(importance)} weights for sizes {spec['nesting_list']}")
     return spec
 
@@ -82,17 +85,21 @@ def check_batch_size(model, settings):
 
 
 def check_training(training, lr):
-    """InputError for an average that never moves. -> a line of warning, or None."""
+    """InputError for an average that never moves; a warning where AdamW is given a rate for SGD."""
     if training.ema == 1:
         raise InputError("--training.ema=1: the average would stay where it began; give less, such as 0.999")
-    if training.optimizer == "adamw" and lr.lr >= ADAMW_LR:
-        return f"warning: --lr.lr={lr.lr} is a rate for SGD; for --training.optimizer=adamw, 0.001 is usual"
-    return None
+    if training.optimizer == "adamw" and lr.lr >= ADAMW_LR and launch.is_first():
+        print(f"warning: --lr.lr={lr.lr} is a rate for SGD; for --training.optimizer=adamw, 0.001 is usual",
+              file=sys.stderr)
 
 
 def relative_importance(settings):
+    """-> the weights of the sizes' losses; None where none are given."""
     weights = numbers(settings.model.relative_importance, float, "model.relative_importance")
-    return None if weights is None else check_relative_importance(weights)
+    if weights and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
+        raise InputError(f"--model.relative_importance={settings.model.relative_importance}: must be numbers from 0 "
+                         "up, not all 0")
+    return weights
 
 
 def make_model(settings, spec, device):

@@ -10,7 +10,6 @@ On ImageNet with two GPUs the paper reports top-1 of 66.63 % at 8 dimensions, 76
 Reads the files of write_imagenet.sh, or the folders that they are made of; leaves a run folder (see checkpoint.py)
 under --logging.folder.
 """
-import sys
 import time
 import uuid
 from contextlib import nullcontext
@@ -173,8 +172,7 @@ def check_settings(settings, spec):
     if settings.training.precision == "fp16" and settings.training.device == "cpu":
         raise InputError("--training.precision=fp16: on a CPU use fp32 or bf16")
     schedules.check_schedules(settings)
-    if (warning := check_training(settings.training, settings.lr)) and launch.is_first():
-        print(warning, file=sys.stderr)
+    check_training(settings.training, settings.lr)
     if settings.dist.world_size > 1 and not settings.data.in_memory and Path(settings.data.train_dataset).is_file():
         raise InputError("--data.in_memory=0 with several processes: FFCV would hold nearly the whole file in each; "
                          "give 1: the file is mapped, and what does not fit in memory is read again")

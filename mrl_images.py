@@ -75,15 +75,13 @@ def check_same_classes(folder, classes, other_folder, other_classes):
 def list_images(folder, classes):
     """-> files [N] bytes, each relative to its class folder, in ImageFolder's order; labels [N] int64.
 
-    classes: folder names in label order. InputError for a class without images.
+    classes: folder names in label order, one or more. InputError for a class without images.
     """
     names = [image_names(folder, name) for name in classes]
     empty = [name for name, files in zip(classes, names, strict=True) if not len(files)]
     if empty:
-        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-        raise InputError(f"{folder}: {len(empty)} class folder(s) hold no images: {', '.join(empty[:5])}{more}")
-    labels = np.repeat(np.arange(len(classes)), [len(files) for files in names])
-    return np.concatenate(names) if names else np.array([], dtype=bytes), labels
+        raise InputError(f"{folder}: {len(empty)} class folder(s) hold no images: {shorten(empty)}")
+    return np.concatenate(names), np.repeat(np.arange(len(classes)), [len(files) for files in names])
 
 
 def image_names(folder, class_name):
@@ -125,6 +123,11 @@ def is_image(name):
 
 def image_path(folder, class_name, file):
     return Path(folder) / class_name / os.fsdecode(file)
+
+
+def shorten(names):
+    """-> the first few of the names, for a message."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def printable(path):

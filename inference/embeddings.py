@@ -15,15 +15,15 @@ from typing import NamedTuple
 import eval_sets
 import numpy as np
 import torch
-from image_set import ImageSet, Preparation, find_readable_rows, make_loader, shorten, show_skipped
+from image_set import ImageSet, Preparation, find_readable_rows, make_loader, show_skipped
 from processes import barrier, rank, run_by_first, run_together, world
 from saved_files import arrays_stem, check_distinct, check_free, describe_origin
 from tqdm import tqdm
 from which_model import check_checkpoints, is_fixed_feature
 
 from mrl_files import InputError, allocate, json_contains, locked, read_array, read_json, replacing, write_json
-from mrl_images import check_same_classes, printable
-from mrl_models import autocast, classifier, load_model, preparation
+from mrl_images import check_same_classes, printable, shorten
+from mrl_models import autocast, classifier, load_model, model_name, preparation
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 TODO, DONE, UNREADABLE = 0, 1, 2            # what the byte of an image says
@@ -82,7 +82,7 @@ def plan_dump(path, spec, name, split, images, device, args):
         kept = {**spec, "nesting_list": [d for d in spec["nesting_list"] if d < args.rep_size] + [args.rep_size]}
     about = describe_dump({**describe_origin(path, kept, name, images), "split": split}, precision,
                            args.storage or "fp32")
-    stem = arrays_stem(args.retrieval_array_path or ".", name, split, kept)
+    stem = arrays_stem(args.retrieval_array_path or ".", name, split, model_name(kept))
     check_dump(Files(stem), about, args.skip_bad_images, args.overwrite)
     return Dump(path, spec, images, stem, about)
 

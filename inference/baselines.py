@@ -120,7 +120,8 @@ def svd(args):
     if not isinstance(head, FixedFeatureLayer) or head.in_features != X.shape[1]:
         raise InputError(f"--path {args.path}: svd is for a fixed-feature model of {X.shape[1]} features")
     sizes = choose_sizes(args, about, X.shape[1])
-    logits = truncate_classifier(*(value.detach().to(args.device) for value in (head.weight, head.bias)), sizes)
+    head.requires_grad_(False).to(args.device)
+    logits = truncate_classifier(head.weight, head.bias, sizes)
     return about, {"sizes": sizes, "top1": measure_top1(logits, X, y, args.device)}
 
 

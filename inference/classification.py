@@ -10,7 +10,7 @@ from typing import NamedTuple
 import accuracy_table
 import eval_sets
 import torch
-from image_set import ImageSet, Preparation, find_readable_rows, make_loader, show_skipped
+from image_set import ImageSet, Preparation, make_loader, name_unreadable, show_skipped
 from processes import warn
 from saved_files import (
     accuracy_path,
@@ -117,17 +117,17 @@ def evaluate(model, images, loader, device, *, tta=False, precision="fp32", skip
     """
     model.to(device)
     subset = None if images.subset is None else torch.tensor(images.subset, device=device)
-    sums, n, seen, bad, start_time = 0, 0, 0, [], time.perf_counter()
+    sums, n, bad, start_time = 0, 0, [], time.perf_counter()
     for x, y in tqdm(loader, desc="evaluate", unit="batch", dynamic_ncols=True):
-        readable = find_readable_rows(images, y, seen, bad, skip_bad_images)
-        seen += len(y)
+        unreadable = name_unreadable(images, y, n + len(bad), skip_bad_images)
+        bad += unreadable
         with autocast(device, precision):
             logits = compute_logits(model, x.to(device, non_blocking=True), tta)
         y = y.to(device, non_blocking=True)
         if subset is not None:
             logits = logits.index_select(-1, subset)
-        if readable is not None:
-            logits, y = logits[:, readable], y[readable]
+        if unreadable:
+            logits, y = logits[:, y >= 0], y[y >= 0]
         sums = sums + count(logits / 2 if tta else logits, y)      # the loss of the mean, as in training's log
         if keep is not None:
             keep(logits, y)

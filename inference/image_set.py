@@ -57,16 +57,14 @@ class ImageSet(Dataset):
         return image_path(self.folder, self.classes[self.labels[i]], self.files[i])
 
 
-def find_readable_rows(images, y, start, bad, skip_bad_images):
-    """Rows of a batch whose files could be read: None for all. The others are added to `bad`, or stop the run."""
-    if (y >= 0).all():
-        return None
+def name_unreadable(images, y, start, skip_bad_images):
+    """-> the files of a batch (labels y, from image `start` on) that could not be read; InputError if any may not be
+    left out."""
     names = [describe_unreadable(images.path(start + i)) for i in (y < 0).nonzero()[:, 0].tolist()]
-    if not skip_bad_images:
+    if names and not skip_bad_images:
         raise InputError(f"{len(names)} unreadable image(s) in this batch: {', '.join(names[:3])}; "
                          "repair them, or pass --skip_bad_images")
-    bad.extend(names)
-    return y >= 0
+    return names
 
 
 class Preparation(transforms.Compose):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ffcv.fields.rgb_image import IMAGE_MODES
 from ffcv.reader import Reader
-from ffcv_loader import SeededCrop, check_file, companion, inspect
+from ffcv_loader import SeededCrop, companion, inspect
 from torchvision.transforms.functional import resize
 
 from mrl_files import InputError
@@ -146,16 +146,16 @@ def test_an_iterator_is_gone_after_its_epoch(train_file, no_collections):
 
 def test_files_that_are_refused(ffcv_folder, tmp_path):
     train_file = ffcv_folder / "train_500_0.50_90.ffcv"
-    assert check_file(train_file, 3) == Reader(str(train_file)).num_samples == 60
+    assert inspect(train_file, 3)[0] == Reader(str(train_file)).num_samples == 60
     whole = train_file.read_bytes()
     for name, content, said in [("cut.ffcv", whole[:-100], "truncated"), ("half.ffcv", whole[:10 ** 7], "truncated"),
                                 ("head.ffcv", whole[:20], "not an .ffcv"), ("empty.ffcv", b"", "not an .ffcv"),
                                 ("text.ffcv", b"hello" * 100, "not an .ffcv")]:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=said):
-            check_file(tmp_path / name, 3)
+            inspect(tmp_path / name, 3)
     with pytest.raises(InputError, match=r"labels run from 0 to 2, model.num_classes=2"):
-        check_file(train_file, 2)
+        inspect(train_file, 2)
 
 
 def test_class_names_of_another_file_are_refused(ffcv_folder, tmp_path):

@@ -128,8 +128,14 @@ class TrainLoader(Loader):
 def inspect(path, num_classes):
     """-> number of images of a complete .ffcv file, names of its classes (None where none are kept); InputError for
     another file, and for labels that are not below num_classes."""
-    images = check_file(path, num_classes)
-    return images, read_classes(path, images)
+    check_complete(Path(path))
+    reader = open_reader(path)
+    if not pixels_are_there(reader.metadata["f0"], reader.alloc_table, Path(path).stat().st_size):
+        raise InputError(f"{path}: damaged (images lie outside the file); run write_imagenet.sh again")
+    labels = reader.metadata["f1"]
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise InputError(f"{path}: labels run from {labels.min()} to {labels.max()}, model.num_classes={num_classes}")
+    return reader.num_samples, read_classes(path, reader.num_samples)
 
 
 def companion(path):
@@ -146,18 +152,6 @@ def read_classes(path, images):
     return said.get("classes")
 
 
-def check_file(path, num_classes):
-    """-> number of images of a complete .ffcv file with labels below num_classes; InputError otherwise."""
-    check_complete(Path(path))
-    reader = opened(path)
-    if not pixels_are_there(reader.metadata["f0"], reader.alloc_table, Path(path).stat().st_size):
-        raise InputError(f"{path}: damaged (images lie outside the file); run write_imagenet.sh again")
-    labels = reader.metadata["f1"]
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise InputError(f"{path}: labels run from {labels.min()} to {labels.max()}, model.num_classes={num_classes}")
-    return reader.num_samples
-
-
 def check_complete(path):
     """FFCV writes the table of stored images last, one row for each: a file that lacks some of it was cut off."""
     header = np.fromfile(path, HeaderType, count=1)
@@ -168,7 +162,7 @@ def check_complete(path):
         raise InputError(f"{path}: truncated or not finished writing; run write_imagenet.sh again")
 
 
-def opened(path):
+def open_reader(path):
     """-> FFCV's reader of a file of images and labels."""
     try:
         reader = Reader(str(path))

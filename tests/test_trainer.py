@@ -111,7 +111,7 @@ def test_every_resolution_is_compiled(make_trainer, monkeypatch):
 def test_a_run_that_diverged_ends_before_it_is_saved(trainer):
     trainer.check_weights()
     trainer.model.fc.nesting_classifier_1.weight.data[0, 0] = float("inf")
-    for save_and_end in (trainer.check_weights, lambda: trainer.stopped(signal.SIGTERM)):
+    for save_and_end in (trainer.check_weights, lambda: trainer.save_and_stop(signal.SIGTERM)):
         with pytest.raises(mrl_files.InputError, match=r"epoch 1: weights are NaN or infinite.* lower --lr.lr"):
             save_and_end()
     assert not list(trainer.folder.iterdir())

@@ -110,7 +110,7 @@ class Trainer:
                 bar.set_postfix(loss=f"{self.losses.sum().item() / self.step:.3f}")
             if last and (signum := stop.asked()) and self.step < len(loader):
                 batches.close()
-                self.stopped(signum)
+                self.save_and_stop(signum)
         seconds, waited = watch.summary()
         return len(watch.ends) * loader.batch_size * self.process.world_size / seconds, waited / seconds
 
@@ -119,7 +119,7 @@ class Trainer:
         return tqdm(batches, words, disable=not self.process.first, leave=False,
                     mininterval=0.5 if sys.stderr.isatty() else 30, **more)
 
-    def stopped(self, signum):
+    def save_and_stop(self, signum):
         self.check_weights()
         self.save()
         if self.process.first:
@@ -133,7 +133,7 @@ class Trainer:
         while self.epoch < self.settings.training.epochs:
             self.one_epoch(loader, val, stop)
             if (signum := stop.asked()) and self.epoch < self.settings.training.epochs:
-                self.stopped(signum)
+                self.save_and_stop(signum)
         if self.process.first:
             for name, model in reversed(self.models.items()):      # final_weights.pt last: the run is finished
                 checkpoint.save_weights(self.folder, model.state_dict(), name)

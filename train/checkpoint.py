@@ -69,8 +69,6 @@ def make_folder(path):
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--logging.folder: cannot make {path} ({error.strerror})") from None
-    if not os.access(path, os.W_OK):
-        raise InputError(f"--logging.folder: cannot write to {path}")
 
 
 def lock_folder(folder):
@@ -117,10 +115,10 @@ def restore(folder):
     for killed in folder.glob(".checkpoint*.pt"):          # half written
         killed.unlink()
     path = folder / CURRENT
-    return read(path, run_number(folder)) if path.exists() else None
+    return read_state(path, run_number(folder)) if path.exists() else None
 
 
-def read(path, run=None):
+def read_state(path, run):
     """-> the state that `save` was given; InputError for a truncated, damaged or foreign file."""
     try:
         with zipfile.ZipFile(path) as archive:

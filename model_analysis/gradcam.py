@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from mrl_files import InputError, describe_error
 from mrl_images import class_folders, image_names, label_order, printable, read_rgb
-from mrl_models import MEAN, STD, preparation, stack_logits
+from mrl_models import preparation, stack_logits
 
 BATCH = 16
 
@@ -98,7 +98,8 @@ def explain(model, paths, target=None, layer=None, resize=None, crop=224):
     device, maps, logits = next(model.parameters()).device, [], []
     for start in tqdm(range(0, len(paths), BATCH), desc="Grad-CAM", unit="batch", disable=None):
         batch = slice(start, start + BATCH)
-        x = torch.stack([normalise(picture(path, resize, crop), mean, std) for path in paths[batch]]).to(device)
+        pictures = torch.stack([picture(path, resize, crop) for path in paths[batch]])
+        x = transforms.functional.normalize(pictures, mean, std).to(device)
         classes = None if target is None else target[batch].to(device)
         for kept, new in zip((maps, logits), grad_cam(model, x, classes, layer), strict=True):
             kept.append(new.cpu())
@@ -128,10 +129,6 @@ def picture(path, resize=256, crop=224):
         return see(read_rgb(path))
     except Exception as error:                 # whatever a decoder makes of broken bytes
         raise InputError(f"{printable(path)}: not a readable image ({describe_error(error)})") from None
-
-
-def normalise(image, mean=MEAN, std=STD):
-    return transforms.functional.normalize(image, mean, std)
 
 
 def overlay(image, heat):

@@ -7,9 +7,10 @@ import torch
 from captum.attr import LayerGradCam
 from conftest import fill
 from PIL import Image
+from torchvision.transforms.functional import normalize
 
 from mrl_files import InputError
-from mrl_models import build_model, load_model
+from mrl_models import MEAN, STD, build_model, load_model
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def tree(tmp_path):
 
 def test_files_in_batches_equal_one_batch(tree, monkeypatch):
     model, paths = model_of("mrl"), gradcam.image_paths(tree)
-    x = torch.stack([gradcam.normalise(gradcam.picture(path, 32, 32)) for path in paths])
+    x = normalize(torch.stack([gradcam.picture(path, 32, 32) for path in paths]), MEAN, STD)
     for target in (None, torch.tensor([0, 1, 0, 1, 0, 1])):
         monkeypatch.setattr(gradcam, "BATCH", 4)
         maps, logits = gradcam.explain(model, paths, target, "layer2", 32, 32)

@@ -288,7 +288,7 @@ def open_model(path, arch=None, head=None, nesting_list=None, old_ckpt=False):
     try:
         if old_ckpt:
             state = modern_keys(state, (known | given).get("head"))
-        spec = known or shown_by_shapes(state, **given)
+        spec = known or read_shapes(state, **given)
         source = f"{find_json(path).name} beside it says" if known else "the file holds"
         for key, value in given.items():
             if key in spec and spec[key] != value:
@@ -354,7 +354,7 @@ def read_state_dict(path):
     state = state_within(content)
     if state is None:
         raise InputError(f"{path}: holds no state dict, or none that can be told from others "
-                         f"({described(content)}); save model.state_dict() alone")
+                         f"({describe_content(content)}); save model.state_dict() alone")
     return without_prefixes(state)
 
 
@@ -391,14 +391,14 @@ def state_within(content):
 
 
 def is_state_dict(value):
-    return isinstance(value, dict) and bool(value) and all(isinstance(k, str) and dense(v) for k, v in value.items())
+    return isinstance(value, dict) and bool(value) and all(isinstance(k, str) and is_dense(v) for k, v in value.items())
 
 
-def described(content):
+def describe_content(content):
     """-> what a file holds, in a few words: for a dictionary, the keys of what is no tensor."""
     if not isinstance(content, dict) or not content:
         return f"a {type(content).__name__}" + " without entries" * (content == {})
-    entries = [str(key) for key, value in content.items() if not dense(value)]
+    entries = [str(key) for key, value in content.items() if not is_dense(value)]
     return f"what it holds beside tensors: {', '.join(entries[:8])}{' ...' * (len(entries) > 8)}"
 
 
@@ -413,7 +413,7 @@ def without_prefixes(state):
     return state
 
 
-def dense(value):
+def is_dense(value):
     """Is it a dense tensor that holds its numbers?"""
     return torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta
 
@@ -427,7 +427,7 @@ def modern_keys(state, head):
     return {re.sub(r"^fc\.(weight|bias)$", r"fc.nesting_classifier_0.\1", key): v for key, v in state.items()}
 
 
-def shown_by_shapes(state, arch=None, head=None, nesting_list=None):
+def read_shapes(state, arch=None, head=None, nesting_list=None):
     """build_model's arguments as far as keys and shapes show them; Unsettled where they do not."""
     if arch is None:
         raise Unsettled("no params.json beside it, and the architecture does not show in a file", "arch")

@@ -40,11 +40,11 @@ def grad_cam(model, x, target=None, layer=None):
     activation = kept[-1]
     classes = logits.argmax(-1) if target is None else target.expand(len(logits), -1)
     scores = logits.gather(-1, classes[..., None]).sum((1, 2))                # [G]; images do not meet in eval mode
-    maps = [weighed(activation, score, getattr(model, "num_prefix_tokens", 1)) for score in scores]
+    maps = [weigh_maps(activation, score, getattr(model, "num_prefix_tokens", 1)) for score in scores]
     return torch.stack(maps), logits.detach()
 
 
-def weighed(activation, score, prefix):
+def weigh_maps(activation, score, prefix):
     """Maps summed with their mean gradients as weights, negative parts cut: a layer's output -> [N, h, w]"""
     gradient, = torch.autograd.grad(score, activation, retain_graph=True)
     weights = as_maps(gradient, prefix).mean((2, 3), keepdim=True)
@@ -170,7 +170,7 @@ def true_classes(paths, ids):
     return torch.tensor([index[path.parent.name] for path in paths])
 
 
-def explained(target, truth):
+def choose_target(target, truth):
     """-> the class to explain for each image, as `explain` takes it. target: "predicted", or "true" (= truth)."""
     if target not in ("predicted", "true"):
         raise InputError(f'target={target!r}: give "predicted" or "true"')

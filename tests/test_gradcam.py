@@ -145,8 +145,8 @@ def test_overlay_is_brightest_where_the_heat_is():
     (lambda tree: gradcam.class_ids(10), "10 classes, ImageNet has 1000"),
     (lambda tree: gradcam.class_ids(2, tree / "nowhere"), "no such folder"),
     (lambda tree: gradcam.true_classes(gradcam.image_paths(tree), ["ant", "cat"]), "none of the 2 classes"),
-    (lambda tree: gradcam.explained("true", None), "not known"),
-    (lambda tree: gradcam.explained("best", None), "give \"predicted\" or \"true\""),
+    (lambda tree: gradcam.choose_target("true", None), "not known"),
+    (lambda tree: gradcam.choose_target("best", None), "give \"predicted\" or \"true\""),
 ])
 def test_refusals(tree, call, words):
     with pytest.raises(InputError, match=words):
@@ -155,7 +155,7 @@ def test_refusals(tree, call, words):
 
 def test_the_class_to_explain():
     truth = torch.tensor([1])
-    assert gradcam.explained("true", truth) is truth and gradcam.explained("predicted", truth) is None
+    assert gradcam.choose_target("true", truth) is truth and gradcam.choose_target("predicted", truth) is None
 
 
 def test_pictures_that_are_too_large_end_in_one_line(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ ADAMW_LR = 0.05      # from here on it is a rate for SGD
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
-def numbers(text, kind, flag):
+def read_numbers(text, kind, flag):
     """'8,16,32' -> [8, 16, 32]; None stays None."""
     try:
         return None if text is None else [kind(word) for word in str(text).strip("[]() ").split(",")]
@@ -44,7 +44,7 @@ def model_spec(settings):
     if nested and m.fixed_feature not in (None, width):
         raise InputError(f"--model.fixed_feature={m.fixed_feature}: a nested model (--model.mrl, --model.efficient) "
                          f"reads all {width} features; leave it out")
-    sizes = numbers(m.nesting_list, int, "model.nesting_list")
+    sizes = read_numbers(m.nesting_list, int, "model.nesting_list")
     if sizes and not nested:
         raise InputError("--model.nesting_list: of a nested model; give --model.mrl=1 or --model.efficient=1 too")
     head = "mrl_e" if m.efficient else "mrl" if m.mrl else f"ff{m.fixed_feature or width}"
@@ -95,7 +95,7 @@ def check_training(training, lr):
 
 def relative_importance(settings):
     """-> the weights of the sizes' losses; None where none are given."""
-    weights = numbers(settings.model.relative_importance, float, "model.relative_importance")
+    weights = read_numbers(settings.model.relative_importance, float, "model.relative_importance")
     if weights and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
         raise InputError(f"--model.relative_importance={settings.model.relative_importance}: must be numbers from 0 "
                          "up, not all 0")

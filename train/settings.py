@@ -41,7 +41,7 @@ def read_settings(config, description, defaults=None):
     config.augment_argparse(parser)
     parser.epilog = describe(config)
     config.collect_argparse_args(parser)
-    return checked(config)
+    return as_namespaces(config)
 
 
 def describe(config):
@@ -64,13 +64,13 @@ def describe_setting(path, param):
 
 
 def given_settings(config, values):
-    """The same from a dictionary of sections: for other programs (benchmarks/)."""
+    """What `read_settings` returns, of a dictionary of sections: for other programs (benchmarks/)."""
     config.content.clear()
     config.collect(values)
-    return checked(config)
+    return as_namespaces(config)
 
 
-def checked(config):
+def as_namespaces(config):
     """-> the namespaces, of values that are all as declared."""
     check_values(config)
     sections = {}

@@ -31,7 +31,7 @@ ROWS = 4096                                # evaluated at a time
 
 # ------------------------------------------------------------------------------------------------ on arrays
 
-def linear_probe(X, y, sizes, epochs=10, lr=1e-3, batch_size=1024, device="cpu"):
+def linear_probe(X, y, sizes, epochs, lr, batch_size=1024, device="cpu"):
     """Fit a linear classifier on each prefix of frozen features: an MRL head whose matrices share nothing.
 
     X [n, D], y [n] int64 -> MRL_Linear_Layer. Adam, cosine learning rate down to 0.

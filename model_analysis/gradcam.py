@@ -70,7 +70,7 @@ def keep_output(kept, module, args, output):
     return output.clone()                                  # in-place operations are common there, and fail on a leaf
 
 
-def find_layer(model, name=None):
+def find_layer(model, name):
     """-> the module of that name; None: the last of `layer4` (ResNet) or `features` (most other networks), else of what
     timm lists. Of its transformers it is the last block's norm: of the block's end often only the class token counts.
     """

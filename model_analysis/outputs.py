@@ -127,10 +127,10 @@ def load(path, dims):
 
 def describe(path, array, wanted, said):
     """-> info, from what the .json beside the file said, or as far as the name and the shape show it."""
-    known = {"nesting_list": sizes_by_name(path, array, wanted["head"]), "classes": None, "checkpoint": None,
-             "images": None, "num_classes": array.shape[2] if array.ndim == 3 else None, **said}
+    shown = {"nesting_list": sizes_by_name(path, array, wanted["head"]), "classes": None, "checkpoint": None,
+             "images": None, "num_classes": array.shape[2] if array.ndim == 3 else None}
     return {**{key: wanted[key] for key in ("head", "dataset", "tta")},
-            **{key: known[key] for key in ("nesting_list", "num_classes", "classes", "checkpoint", "images")}}
+            **{key: said.get(key, value) for key, value in shown.items()}}
 
 
 def sizes_by_name(path, array, head):

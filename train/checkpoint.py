@@ -84,7 +84,7 @@ def save(folder, state):
     sync_folder(folder)
 
 
-def save_weights(folder, state, name=""):
+def save_weights(folder, state, name):
     """Write final_weights.pt, whose being there says that the run is finished; of name "ema_", final_weights_ema.pt.
     On the CPU: torch.load on a machine without a GPU takes no tensor of one."""
     with replacing(folder / WEIGHTS[name]) as temporary:

@@ -14,7 +14,6 @@ import torch
 
 from mrl_files import InputError, describe_error
 from mrl_images import check_same_classes
-from mrl_models import MEAN, STD
 
 
 def reader_of(path):
@@ -66,7 +65,7 @@ def workers(asked):
     return min(asked, available) if asked > 0 else available
 
 
-def pixel_statistics(device, mean=MEAN, std=STD):
+def pixel_statistics(device, mean, std):
     """-> mean, std [3] of pixels in 0..255, for `normalise`; of those given, of pixels in 0..1."""
     return [torch.tensor([255 * value for value in values], device=device) for values in (mean, std)]
 

@@ -79,31 +79,24 @@ def lock_folder(folder):
 
 def save(folder, state):
     """Write checkpoint.pt: at every moment a complete one is on the disk."""
-    with replacing(folder / CURRENT) as temporary:
-        write_through({"format": FORMAT, "run": run_number(folder), **state}, temporary)
-    sync_folder(folder)
+    write_through({"format": FORMAT, "run": run_number(folder), **state}, folder / CURRENT)
 
 
 def save_weights(folder, state, name):
     """Write final_weights.pt, whose being there says that the run is finished; of name "ema_", final_weights_ema.pt.
     On the CPU: torch.load on a machine without a GPU takes no tensor of one."""
-    with replacing(folder / WEIGHTS[name]) as temporary:
-        write_through({key: value.cpu() for key, value in state.items()}, temporary)
-    sync_folder(folder)
+    write_through({key: value.cpu() for key, value in state.items()}, folder / WEIGHTS[name])
 
 
 def write_through(content, path):
-    """torch.save, and on the disk when this returns."""
-    with open(path, "wb") as file:
+    """torch.save; the file and its name are on the disk when this returns."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync_folder(folder):
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
 
 
 def run_number(folder):

@@ -48,7 +48,7 @@ class Trainer:
             classify_in_float32(model)
         _, _, mean, std = preparation(spec)
         self.mean, self.std = pixel_statistics(self.device, mean, std)
-        self.epoch, self.step, self.before, self.began = 0, 0, 0.0, time.time()      # step: batches of the epoch
+        self.epoch, self.done, self.before, self.began = 0, 0, 0.0, time.time()      # done: batches of the epoch
         self.losses = torch.zeros(len(spec["nesting_list"]), device=self.device)
         if settings.training.compile:
             torch._dynamo.config.cache_size_limit = 64      # a graph for each resolution and each size of a batch
@@ -67,7 +67,7 @@ class Trainer:
 
         `share` batches share an optimiser step, taken after the last of them: their gradients' mean.
         """
-        images, labels = self.mix(normalise(images, self.mean, self.std), labels.flatten(), self.epoch, self.step)
+        images, labels = self.mix(normalise(images, self.mean, self.std), labels.flatten(), self.epoch, self.done)
         with nullcontext() if last or self.process.alone else self.parallel.no_sync():
             with self.autocast:
                 losses = self.criterion.per_size(self.parallel(images), labels)
@@ -98,17 +98,17 @@ class Trainer:
         rates = schedules.iteration_rates(self.epoch, steps, s.lr, s.training.epochs).tolist()
         loader.set_resolution(schedules.resolution(self.epoch, **vars(s.resolution)))
         train_mode(self.parallel)
-        batches = loader.epoch(self.epoch, self.step)
-        bar = self.bar(batches, f"epoch {self.epoch + 1}/{s.training.epochs}", total=len(loader), initial=self.step)
+        batches = loader.epoch(self.epoch, self.done)
+        bar = self.bar(batches, f"epoch {self.epoch + 1}/{s.training.epochs}", total=len(loader), initial=self.done)
         for images, labels in bar:
             watch.start()
-            step, share, last = schedules.group(self.step, len(loader), accumulate)
+            step, share, last = schedules.group(self.done, len(loader), accumulate)
             self.losses += self.train_step(images, labels, rates[step], share, last)
-            self.step += 1
+            self.done += 1
             watch.stop()
             if s.logging.log_level == 2:
-                bar.set_postfix(loss=f"{self.losses.sum().item() / self.step:.3f}")
-            if last and (signum := stop.asked()) and self.step < len(loader):
+                bar.set_postfix(loss=f"{self.losses.sum().item() / self.done:.3f}")
+            if last and (signum := stop.asked()) and self.done < len(loader):
                 batches.close()
                 self.save_and_stop(signum)
         seconds, waited = watch.summary()
@@ -123,7 +123,7 @@ class Trainer:
         self.check_weights()
         self.save()
         if self.process.first:
-            print(f"stopped in epoch {self.epoch + 1} after {self.step} steps; go on with "
+            print(f"stopped in epoch {self.epoch + 1} after {self.done} steps; go on with "
                   f"--training.resume={self.folder}", file=sys.stderr)
         launch.wait(self.process)      # wait until all is saved: the first to exit ends the others
         raise launch.StoppedTogether(128 + signum)
@@ -190,7 +190,7 @@ class Trainer:
     def finish_epoch(self, record):
         record = {"timestamp": time.time(), "relative_time": self.elapsed(), **record,
                   "peak_memory_mb": max(launch.gather(self.process, self.peak_memory()))}
-        self.epoch, self.step = self.epoch + 1, 0
+        self.epoch, self.done = self.epoch + 1, 0
         self.losses.zero_()
         if self.process.first:
             append_log(self.folder, record)
@@ -242,7 +242,7 @@ class Trainer:
             checkpoint.save(self.folder, {
                 **{name: part.state_dict() for name, part in self.parts.items()},
                 "rng": rngs, "losses": losses / self.process.world_size,
-                "epoch": self.epoch, "step": self.step, "elapsed": self.elapsed()})
+                "epoch": self.epoch, "step": self.done, "elapsed": self.elapsed()})
 
     def restore(self, state):
         try:
@@ -259,7 +259,7 @@ class Trainer:
         if "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"])
         self.losses.copy_(state["losses"])
-        self.epoch, self.step, self.before = state["epoch"], state["step"], state["elapsed"]
+        self.epoch, self.done, self.before = state["epoch"], state["step"], state["elapsed"]
 
     def elapsed(self):
         return self.before + time.time() - self.began

@@ -228,10 +228,8 @@ def classify_in_float32(model):
 
 
 def stack_logits(output):
-    """What a model returns, a tuple of G [N, C] or (fixed features) one [N, C] -> [G, N, C]; [G, N, C] stays."""
-    if not torch.is_tensor(output):
-        return torch.stack(tuple(output))
-    return output if output.dim() == 3 else output[None]
+    """What a model returns, a tuple of G [N, C] or (fixed features) one [N, C] -> [G, N, C]."""
+    return output[None] if torch.is_tensor(output) else torch.stack(output)
 
 
 def compute_logits(model, images, tta=False):

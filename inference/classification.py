@@ -19,7 +19,7 @@ from saved_files import (
     describe_origin,
     outputs_path,
     save_tensor,
-    table_stem,
+    table_paths,
 )
 from tqdm import tqdm
 from which_model import check_checkpoints, is_fixed_feature
@@ -48,13 +48,13 @@ def classify(args, device):
                              images_for(spec["num_classes"], preparation(spec, args.resize, args.crop)), args)
              for path, spec in check_checkpoints(args).items()]
     check_distinct((file for plan in plans for file in plan.files.values()), "--output")
-    stem = table_stem(args.output, name, args.tta)
+    text, picture, companion = table_paths(args.output, name, args.tta)
     if len(plans) > 1:
-        check_free(Path(f"{stem}.json"), about_table(plans), args.overwrite, *accuracy_table.list_files(stem))
+        check_free(companion, about_table(plans), args.overwrite, text, picture)
     runs = [classify_one(plan, args, device) for plan in plans]
     accuracy_table.show(runs)
     if len(plans) > 1:
-        accuracy_table.save(runs, stem, about_table(plans))
+        accuracy_table.save(runs, text, picture, companion, about_table(plans))
     print(f"{', '.join(['figures', *plans[0].files])} written to {args.output}/")
 
 

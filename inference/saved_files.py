@@ -29,9 +29,9 @@ def accuracy_path(folder, spec, dataset, tta, checkpoint):
     return Path(folder) / f"{run_name(spec, dataset, tta)}_accuracy_{checkpoint}.json"
 
 
-def table_stem(folder, dataset, tta):
-    """The common beginning of the .csv, .png and .json of several checkpoints."""
-    return Path(folder) / f"accuracy_dataset={dataset}_tta={bool(tta)}"
+def table_paths(folder, dataset, tta):
+    """The figures of several checkpoints: .csv, .png, and the .json that says which."""
+    return [Path(folder) / f"accuracy_dataset={dataset}_tta={bool(tta)}{end}" for end in (".csv", ".png", ".json")]
 
 
 def run_name(spec, dataset, tta):

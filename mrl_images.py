@@ -51,7 +51,7 @@ def label_order(names, folder):
 
     InputError for numbers that are not 0, 1, 2 ...: sorted as text, 10 would come before 2.
     """
-    if not names or not all(name.isdecimal() for name in names):
+    if not all(name.isdecimal() for name in names):
         return sorted(names)
     found = {int(name): name for name in names}
     missing = [label for label in range(len(names)) if label not in found]

@@ -113,7 +113,7 @@ def test_validation_reads_each_image_once(ffcv_folder, world_size):
 def test_no_compiled_operation_comes_after_to_tensor():
     """FFCV's planner loops for ever on such a pipeline."""
     for device in ("cpu", "cuda"):
-        names = [type(op).__name__ for op in ffcv_loader.pipelines(SeededCrop((32, 32)), device)["image"]]
+        names = [type(op).__name__ for op in ffcv_loader.make_pipelines(SeededCrop((32, 32)), device)["image"]]
         assert names == ["SeededCrop", "ToTensor", "ToDevice"][:2 + (device == "cuda")]
 
 

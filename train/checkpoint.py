@@ -53,14 +53,14 @@ def saved_settings(folder):
 
 def check_same_run(folder, settings):
     """InputError where a setting that changes results differs from those the run began with."""
-    began, now = flat(saved_settings(folder)), flat(settings)
+    began, now = flatten(saved_settings(folder)), flatten(settings)
     for key in sorted(began | now):
         if not key.startswith(FREE) and began.get(key) != now.get(key):
             raise InputError(f"{folder}: this run began with --{key}={began.get(key)}, now {now.get(key)}; "
                              "give the same, or another --logging.name")
 
 
-def flat(settings):
+def flatten(settings):
     return {f"{section}.{name}": value for section, values in settings.items() for name, value in values.items()}
 
 

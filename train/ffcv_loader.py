@@ -30,7 +30,7 @@ def train_loader(path, batch_size, num_workers, in_memory, resolution, seed, dev
     order = OrderOption.RANDOM if distributed else OrderOption.QUASI_RANDOM
     decoder = SeededCrop((resolution, resolution), **crop)
     return TrainLoader(str(path), batch_size, num_workers, os_cache=bool(in_memory), seed=seed, order=order,
-                       distributed=distributed, pipelines=pipelines(decoder, device))
+                       distributed=distributed, pipelines=make_pipelines(decoder, device))
 
 
 def val_loader(path, batch_size, num_workers, resolution, device, rank=0, world_size=1, ratio=VALIDATION_RATIO):
@@ -38,7 +38,7 @@ def val_loader(path, batch_size, num_workers, resolution, device, rank=0, world_
     batch_size = min(batch_size, max(1, len(mine)))      # FFCV holds memory for whole batches
     crop = CentreCrop((resolution, resolution), ratio)
     return Loader(str(path), batch_size, num_workers, os_cache=True, order=OrderOption.SEQUENTIAL,
-                  indices=mine, drop_last=False, pipelines=pipelines(crop, device))
+                  indices=mine, drop_last=False, pipelines=make_pipelines(crop, device))
 
 
 class CentreCrop(CenterCropRGBImageDecoder):
@@ -84,7 +84,7 @@ class SeededCrop(ResizedCropRGBImageDecoder):
         return decode
 
 
-def pipelines(image_decoder, device):
+def make_pipelines(image_decoder, device):
     """The one place where FFCV's stages are put in order: compiled decoders, then ToTensor, then the copy to a GPU.
 
     Normalisation is not among them: `normalise` does it on the device. A compiled operation after ToTensor would make

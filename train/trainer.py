@@ -11,7 +11,7 @@ import checkpoint
 import launch
 import schedules
 import torch
-from epoch_log import Stopwatch, append_events, append_log, named, table
+from epoch_log import Stopwatch, append_events, append_log, format_table, named
 from loaders import normalise, pixel_statistics
 from recipe import make_criterion, make_ema, make_mixing, make_model, make_optimizer, train_mode
 from torch import nn
@@ -102,7 +102,7 @@ class Trainer:
         bar = self.bar(batches, f"epoch {self.epoch + 1}/{s.training.epochs}", total=len(loader), initial=self.done)
         for images, labels in bar:
             watch.start()
-            step, share, last = schedules.group(self.done, len(loader), accumulate)
+            step, share, last = schedules.find_step(self.done, len(loader), accumulate)
             self.losses += self.train_step(images, labels, rates[step], share, last)
             self.done += 1
             watch.stop()
@@ -196,7 +196,7 @@ class Trainer:
             append_log(self.folder, record)
             if self.settings.logging.tensorboard:
                 append_events(self.folder, record)
-            print(table(record, self.spec, self.settings.training.epochs), flush=True)
+            print(format_table(record, self.spec, self.settings.training.epochs), flush=True)
         self.save()
 
     def peak_memory(self):

@@ -123,13 +123,14 @@ def freeze(model, trainable):
     """Only the named parts learn (Table 26 fine-tunes fc and growing shares of layer4.2)."""
     if trainable is None:
         return
-    parts = [part.strip() for part in trainable.split(",")]
-    names = [name for name, _ in model.named_parameters()]
-    for part in parts:
-        if not any(name == part or name.startswith(part + ".") for name in names):
-            raise InputError(f"--model.trainable: {part} is no part of the model (parts look like {names[-1]})")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = any(name == part or name.startswith(part + ".") for part in parts)
+    model.requires_grad_(False)
+    parameters = dict(model.named_parameters())
+    for part in map(str.strip, trainable.split(",")):
+        learning = [p for name, p in parameters.items() if name == part or name.startswith(part + ".")]
+        if not learning:
+            raise InputError(f"--model.trainable: {part} is no part of the model (parts look like {[*parameters][-1]})")
+        for parameter in learning:
+            parameter.requires_grad = True
 
 
 def train_mode(model):

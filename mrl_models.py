@@ -342,9 +342,10 @@ def read_state_dict(path):
     path = find_weights(path)
     if Path(path).is_dir():
         raise InputError(f"{path}: this folder has no model.safetensors and no final_weights.pt")
-    read = choose_reader(path)
     try:
-        content = read(path)
+        content = read_weights(path)
+    except InputError:      # safetensors is not installed
+        raise
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except Exception as error:
@@ -356,12 +357,11 @@ def read_state_dict(path):
     return without_prefixes(state)
 
 
-def choose_reader(path):
-    """-> the function that reads a file of weights. Neither maps the file: it may be replaced while it is used."""
-    if not path.endswith(".safetensors"):
-        return partial(torch.load, map_location="cpu", weights_only=True, mmap=False)
-    load = import_extra("safetensors.torch", f"{path}: reading it").load
-    return lambda path: load(Path(path).read_bytes())
+def read_weights(path):
+    """-> what a file of weights holds, not mapped: the file may be replaced while it is used."""
+    if path.endswith(".safetensors"):
+        return import_extra("safetensors.torch", f"{path}: reading it").load(Path(path).read_bytes())
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
 
 
 def why_unread(path, error):

@@ -53,7 +53,7 @@ def label_order(names, folder):
 
     InputError for numbers that are not 0, 1, 2 ...: sorted as text, 10 would come before 2.
     """
-    if not names or not all(name.isdecimal() for name in names):
+    if not all(name.isdecimal() for name in names):
         return sorted(names)
     found = {int(name): name for name in names}
     missing = [label for label in range(len(names)) if label not in found]
@@ -77,15 +77,13 @@ def check_same_classes(folder, classes, other_folder, other_classes):
 def list_images(folder, classes):
     """-> files [N] bytes, each relative to its class folder, in ImageFolder's order; labels [N] int64.
 
-    classes: folder names in label order. InputError for a class without images.
+    classes: folder names in label order, one or more. InputError for a class without images.
     """
     names = [image_names(folder, name) for name in classes]
     empty = [name for name, files in zip(classes, names, strict=True) if not len(files)]
     if empty:
-        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-        raise InputError(f"{folder}: {len(empty)} class folder(s) hold no images: {', '.join(empty[:5])}{more}")
-    labels = np.repeat(np.arange(len(classes)), [len(files) for files in names])
-    return np.concatenate(names) if names else np.array([], dtype=bytes), labels
+        raise InputError(f"{folder}: {len(empty)} class folder(s) hold no images: {shorten(empty)}")
+    return np.concatenate(names), np.repeat(np.arange(len(classes)), [len(files) for files in names])
 
 
 def image_names(folder, class_name):
@@ -101,7 +99,7 @@ def image_names(folder, class_name):
     seen, found = with_parents(top), []
     for base, folders, names in os.walk(top, onerror=stop, followlinks=True):
         folders[:] = [name for name in sorted(folders)
-                      if not name.startswith(".") and new(os.path.join(base, name), seen)]
+                      if not name.startswith(".") and enter(os.path.join(base, name), seen)]
         found.append((base, [name for name in sorted(names) if is_image(name)]))
     paths = [os.path.join(base, name) for base, names in sorted(found) for name in names]
     return np.array([os.fsencode(path[len(top) + 1:]) for path in paths], dtype=bytes)
@@ -113,8 +111,8 @@ def with_parents(folder):
     return {str(path) for path in (real, *real.parents)}
 
 
-def new(path, seen):
-    """Is this folder not among those seen? Now it is."""
+def enter(path, seen):
+    """-> is this folder new? From now on it is among those seen."""
     real = os.path.realpath(path)
     fresh = real not in seen
     seen.add(real)
@@ -127,6 +125,11 @@ def is_image(name):
 
 def image_path(folder, class_name, file):
     return Path(folder) / class_name / os.fsdecode(file)
+
+
+def shorten(names):
+    """-> the first few of the names, for a message."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def printable(path):

@@ -204,15 +204,7 @@ def default_nesting_list(width, start=3):
     """Powers of two from 2**start up to the feature width, the width itself last (2048, 3 -> 8 ... 2048)."""
     if not 0 <= start <= math.log2(width):
         raise InputError(f"nesting_start={start}: 2**{start} is not between 1 and the feature width {width}")
-    return [2 ** i for i in range(start, math.ceil(math.log2(width))) if 2 ** i < width] + [width]
-
-
-def check_relative_importance(weights):
-    weights = torch.as_tensor(weights, dtype=torch.float32)
-    if weights.dim() != 1 or not weights.isfinite().all() or (weights < 0).any() or not weights.any():
-        raise InputError(f"relative_importance must be a list of non-negative numbers, not all 0; "
-                         f"got {weights.tolist()}")
-    return weights
+    return [2 ** i for i in range(start, math.ceil(math.log2(width)))] + [width]
 
 
 # ------------------------------------------------------------------------------------------------ logits
@@ -236,10 +228,14 @@ def classify_in_float32(model):
 
 
 def stack_logits(output):
-    """What a model returns, a tuple of G [N, C] or (fixed features) one [N, C] -> [G, N, C]; [G, N, C] stays."""
-    if not torch.is_tensor(output):
-        return torch.stack(tuple(output))
-    return output if output.dim() == 3 else output[None]
+    """What a model returns, a tuple of G [N, C] or (fixed features) one [N, C] -> [G, N, C]."""
+    return output[None] if torch.is_tensor(output) else torch.stack(output)
+
+
+def compute_logits(model, images, tta=False):
+    """-> logits [G, N, C] float32; tta adds those of the mirrored images."""
+    logits = stack_logits(model(images)).float()
+    return logits + compute_logits(model, images.flip(-1)) if tta else logits
 
 
 def count(logits, target):
@@ -290,7 +286,7 @@ def open_model(path, arch=None, head=None, nesting_list=None, old_ckpt=False):
     try:
         if old_ckpt:
             state = modern_keys(state, (known | given).get("head"))
-        spec = known or shown_by_shapes(state, **given)
+        spec = known or read_shapes(state, **given)
         source = f"{find_json(path).name} beside it says" if known else "the file holds"
         for key, value in given.items():
             if key in spec and spec[key] != value:
@@ -346,9 +342,10 @@ def read_state_dict(path):
     path = find_weights(path)
     if Path(path).is_dir():
         raise InputError(f"{path}: this folder has no model.safetensors and no final_weights.pt")
-    read = choose_reader(path)
     try:
-        content = read(path)
+        content = read_weights(path)
+    except InputError:      # safetensors is not installed
+        raise
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except Exception as error:
@@ -356,16 +353,15 @@ def read_state_dict(path):
     state = state_within(content)
     if state is None:
         raise InputError(f"{path}: holds no state dict, or none that can be told from others "
-                         f"({described(content)}); save model.state_dict() alone")
+                         f"({describe_content(content)}); save model.state_dict() alone")
     return without_prefixes(state)
 
 
-def choose_reader(path):
-    """-> the function that reads a file of weights. Neither maps the file: it may be replaced while it is used."""
-    if not path.endswith(".safetensors"):
-        return partial(torch.load, map_location="cpu", weights_only=True, mmap=False)
-    load = import_extra("safetensors.torch", f"{path}: reading it").load
-    return lambda path: load(Path(path).read_bytes())
+def read_weights(path):
+    """-> what a file of weights holds, not mapped: the file may be replaced while it is used."""
+    if path.endswith(".safetensors"):
+        return import_extra("safetensors.torch", f"{path}: reading it").load(Path(path).read_bytes())
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
 
 
 def why_unread(path, error):
@@ -393,14 +389,14 @@ def state_within(content):
 
 
 def is_state_dict(value):
-    return isinstance(value, dict) and bool(value) and all(isinstance(k, str) and dense(v) for k, v in value.items())
+    return isinstance(value, dict) and bool(value) and all(isinstance(k, str) and is_dense(v) for k, v in value.items())
 
 
-def described(content):
+def describe_content(content):
     """-> what a file holds, in a few words: for a dictionary, the keys of what is no tensor."""
     if not isinstance(content, dict) or not content:
         return f"a {type(content).__name__}" + " without entries" * (content == {})
-    entries = [str(key) for key, value in content.items() if not dense(value)]
+    entries = [str(key) for key, value in content.items() if not is_dense(value)]
     return f"what it holds beside tensors: {', '.join(entries[:8])}{' ...' * (len(entries) > 8)}"
 
 
@@ -415,7 +411,7 @@ def without_prefixes(state):
     return state
 
 
-def dense(value):
+def is_dense(value):
     """Is it a dense tensor that holds its numbers?"""
     return torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta
 
@@ -429,7 +425,7 @@ def modern_keys(state, head):
     return {re.sub(r"^fc\.(weight|bias)$", r"fc.nesting_classifier_0.\1", key): v for key, v in state.items()}
 
 
-def shown_by_shapes(state, arch=None, head=None, nesting_list=None):
+def read_shapes(state, arch=None, head=None, nesting_list=None):
     """build_model's arguments as far as keys and shapes show them; Unsettled where they do not."""
     if arch is None:
         raise Unsettled("no params.json beside it, and the architecture does not show in a file", "arch")

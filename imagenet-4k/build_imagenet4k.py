@@ -28,7 +28,7 @@ COUNTS = {"train": 1000, "val": 50}
 
 def class_ids(path=HERE / "IDtoClass.txt"):
     """-> the classes of a list whose lines begin with a synset id."""
-    ids = [line.split()[0] for line in lines(path) if line.strip()]
+    ids = [line.split()[0] for line in read_lines(path) if line.strip()]
     wrong = [name for name, times in Counter(ids).items() if times > 1 or Path(name).name != name]
     if wrong or not ids:
         raise InputError(f"{path}: must list classes, each once and by its folder's name; "
@@ -36,7 +36,7 @@ def class_ids(path=HERE / "IDtoClass.txt"):
     return ids
 
 
-def lines(path):
+def read_lines(path):
     try:
         return Path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
@@ -61,7 +61,7 @@ def by_rule(source, classes, counts):
 def by_list(path, classes, counts):
     """The same from a file of lines `train/<class>/<file name>` and `val/<class>/<file name>`."""
     plan = {name: {split: [] for split in counts} for name in classes}
-    for row, line in enumerate(lines(path), start=1):
+    for row, line in enumerate(read_lines(path), start=1):
         parts = line.strip().split("/")
         if len(parts) != 3 or parts[0] not in counts or parts[1] not in plan:
             raise InputError(f"{path}, line {row}: {line!r} is not train/<class>/<file> or val/<class>/<file>, "
@@ -81,7 +81,7 @@ def image_names(source, name):
     if folder.is_dir():
         names = [path.name for path in folder.iterdir()]
     elif archive.is_file():
-        with opened(archive) as tar:
+        with open_tar(archive) as tar:
             names = [Path(member.name).name for member in tar if member.isfile()]
     else:
         raise InputError(f"{source}: neither {name}/ nor {name}.tar is there")
@@ -89,7 +89,7 @@ def image_names(source, name):
 
 
 @contextmanager
-def opened(archive):
+def open_tar(archive):
     try:
         with tarfile.open(archive) as tar:
             yield tar
@@ -133,7 +133,7 @@ def from_folder(folder, places, copy):
 
 
 def from_tar(archive, places):
-    with opened(archive) as tar:
+    with open_tar(archive) as tar:
         for member in tar:
             place = places.pop(Path(member.name).name, None) if member.isfile() else None
             if place:
@@ -152,8 +152,8 @@ def check_not_empty(image, size):
 def verify(output, plan):
     """The folders hold the plan's files, each of them readable through its link, and nothing else."""
     for split in COUNTS:
-        found = {folder.name: {file.name for file in shown(folder) if file.exists()}
-                 for folder in shown(Path(output, split))}
+        found = {folder.name: {file.name for file in list_visible(folder) if file.exists()}
+                 for folder in list_visible(Path(output, split))}
         wrong = [name for name in sorted(found.keys() | plan.keys())
                  if found.get(name) != (set(plan[name][split]) if name in plan else None)]
         if wrong:
@@ -161,12 +161,12 @@ def verify(output, plan):
                              f"{', '.join(wrong[:5])}; remove them and run again")
 
 
-def shown(folder):
+def list_visible(folder):
     """-> what lies in a folder, but for hidden files and folders, which no reader takes for images or classes."""
     return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 
-def arguments():
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=file_path, required=True, help="ImageNet-21K: class folders or tar files")
     parser.add_argument("--output", type=file_path, required=True, help="folder to make, <data root>/imagenet-4k")
@@ -180,7 +180,7 @@ def arguments():
 
 
 def main():
-    args = arguments()
+    args = parse_arguments()
     classes, counts = class_ids(args.classes), {"train": args.train, "val": args.val}
     plan = by_list(args.list, classes, counts) if args.list else by_rule(args.source, classes, counts)
     build(args.source, args.output, plan, args.copy)

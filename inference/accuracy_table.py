@@ -2,8 +2,6 @@
 
 A run is the dictionary that classification.py writes as JSON: nesting_list, and top1, top5, loss per size.
 """
-from pathlib import Path
-
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -39,17 +37,13 @@ def show(runs):
     print(shown.to_string(float_format="{:.2f}".format, na_rep="-"))
 
 
-def save(runs, stem, about):
-    """The two files, and <stem>.json, which says what they were made from."""
-    table, (text, picture) = tabulate(runs), list_files(stem)
+def save(runs, text, picture, companion, about):
+    """Write the table, its picture, and the JSON that says what they were made from."""
+    table = tabulate(runs)
     with replacing(text) as new_text, replacing(picture) as new_picture:
         table.to_csv(new_text, index=False)
         plot(table, f"{runs[0]['dataset']}, top-1 accuracy").savefig(new_picture, dpi=150)
-        write_json(f"{stem}.json", about)
-
-
-def list_files(stem):
-    return Path(f"{stem}.csv"), Path(f"{stem}.png")
+        write_json(companion, about)
 
 
 def plot(table, title):

@@ -31,7 +31,7 @@ ROWS = 4096                                # evaluated at a time
 
 # ------------------------------------------------------------------------------------------------ on arrays
 
-def linear_probe(X, y, sizes, epochs=10, lr=1e-3, batch_size=1024, device="cpu"):
+def linear_probe(X, y, sizes, epochs, lr, batch_size=1024, device="cpu"):
     """Fit a linear classifier on each prefix of frozen features: an MRL head whose matrices share nothing.
 
     X [n, D], y [n] int64 -> MRL_Linear_Layer. Adam, cosine learning rate down to 0.
@@ -120,7 +120,8 @@ def svd(args):
     if not isinstance(head, FixedFeatureLayer) or head.in_features != X.shape[1]:
         raise InputError(f"--path {args.path}: svd is for a fixed-feature model of {X.shape[1]} features")
     sizes = choose_sizes(args, about, X.shape[1])
-    logits = truncate_classifier(*(value.detach().to(args.device) for value in (head.weight, head.bias)), sizes)
+    head.requires_grad_(False).to(args.device)
+    logits = truncate_classifier(head.weight, head.bias, sizes)
     return about, {"sizes": sizes, "top1": measure_top1(logits, X, y, args.device)}
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import accuracy_table
 import eval_sets
 import torch
-from image_set import ImageSet, Preparation, find_readable_rows, make_loader, show_skipped
+from image_set import ImageSet, Preparation, make_loader, name_unreadable, show_skipped
 from processes import warn
 from saved_files import (
     accuracy_path,
@@ -19,13 +19,13 @@ from saved_files import (
     describe_origin,
     outputs_path,
     save_tensor,
-    table_stem,
+    table_paths,
 )
 from tqdm import tqdm
 from which_model import check_checkpoints, is_fixed_feature
 
 from mrl_files import InputError, write_json
-from mrl_models import autocast, classify_in_float32, count, load_model, model_name, preparation, stack_logits
+from mrl_models import autocast, classify_in_float32, compute_logits, count, load_model, model_name, preparation
 
 SAVED = ("logits", "softmax", "gt", "predictions")
 
@@ -48,13 +48,13 @@ def classify(args, device):
                              images_for(spec["num_classes"], preparation(spec, args.resize, args.crop)), args)
              for path, spec in check_checkpoints(args).items()]
     check_distinct((file for plan in plans for file in plan.files.values()), "--output")
-    stem = table_stem(args.output, name, args.tta)
+    text, picture, companion = table_paths(args.output, name, args.tta)
     if len(plans) > 1:
-        check_free(Path(f"{stem}.json"), about_table(plans), args.overwrite, *accuracy_table.list_files(stem))
+        check_free(companion, about_table(plans), args.overwrite, text, picture)
     runs = [classify_one(plan, args, device) for plan in plans]
     accuracy_table.show(runs)
     if len(plans) > 1:
-        accuracy_table.save(runs, stem, about_table(plans))
+        accuracy_table.save(runs, text, picture, companion, about_table(plans))
     print(f"{', '.join(['figures', *plans[0].files])} written to {args.output}/")
 
 
@@ -108,12 +108,6 @@ def about_table(plans):
 
 # ------------------------------------------------------------------------------------------------ one evaluation
 
-def compute_logits(model, x, tta=False):
-    """-> logits [G, N, C] float32; tta adds those of the mirrored images."""
-    logits = stack_logits(model(x)).float()
-    return logits + compute_logits(model, x.flip(-1)) if tta else logits
-
-
 @torch.inference_mode()
 def evaluate(model, images, loader, device, *, tta=False, precision="fp32", skip_bad_images=False, keep=None):
     """Run the images through the model, counting on the device.
@@ -123,17 +117,17 @@ def evaluate(model, images, loader, device, *, tta=False, precision="fp32", skip
     """
     model.to(device)
     subset = None if images.subset is None else torch.tensor(images.subset, device=device)
-    sums, n, seen, bad, start_time = 0, 0, 0, [], time.perf_counter()
+    sums, n, bad, start_time = 0, 0, [], time.perf_counter()
     for x, y in tqdm(loader, desc="evaluate", unit="batch", dynamic_ncols=True):
-        readable = find_readable_rows(images, y, seen, bad, skip_bad_images)
-        seen += len(y)
+        unreadable = name_unreadable(images, y, n + len(bad), skip_bad_images)
+        bad += unreadable
         with autocast(device, precision):
             logits = compute_logits(model, x.to(device, non_blocking=True), tta)
         y = y.to(device, non_blocking=True)
         if subset is not None:
             logits = logits.index_select(-1, subset)
-        if readable is not None:
-            logits, y = logits[:, readable], y[readable]
+        if unreadable:
+            logits, y = logits[:, y >= 0], y[y >= 0]
         sums = sums + count(logits / 2 if tta else logits, y)      # the loss of the mean, as in training's log
         if keep is not None:
             keep(logits, y)

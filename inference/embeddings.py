@@ -15,15 +15,15 @@ from typing import NamedTuple
 import eval_sets
 import numpy as np
 import torch
-from image_set import ImageSet, Preparation, find_readable_rows, make_loader, shorten, show_skipped
+from image_set import ImageSet, Preparation, make_loader, name_unreadable, show_skipped
 from processes import barrier, rank, run_by_first, run_together, world
 from saved_files import arrays_stem, check_distinct, check_free, describe_origin
 from tqdm import tqdm
 from which_model import check_checkpoints, is_fixed_feature
 
 from mrl_files import InputError, allocate, json_contains, locked, read_array, read_json, replacing, write_json
-from mrl_images import check_same_classes, printable
-from mrl_models import autocast, classifier, load_model, preparation
+from mrl_images import check_same_classes, printable, shorten
+from mrl_models import autocast, classifier, load_model, model_name, preparation
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 TODO, DONE, UNREADABLE = 0, 1, 2            # what the byte of an image says
@@ -82,7 +82,7 @@ def plan_dump(path, spec, name, split, images, device, args):
         kept = {**spec, "nesting_list": [d for d in spec["nesting_list"] if d < args.rep_size] + [args.rep_size]}
     about = describe_dump({**describe_origin(path, kept, name, images), "split": split}, precision,
                            args.storage or "fp32")
-    stem = arrays_stem(args.retrieval_array_path or ".", name, split, kept)
+    stem = arrays_stem(args.retrieval_array_path or ".", name, split, model_name(kept))
     check_dump(Files(stem), about, args.skip_bad_images, args.overwrite)
     return Dump(path, spec, images, stem, about)
 
@@ -103,11 +103,11 @@ def embed_one(plans, args, device):
 # ------------------------------------------------------------------------------------------------ one dump
 
 class Files:
-    """The paths of one dump; `rows`, `state` and `plan` exist only until it is complete."""
+    """The paths of one dump; `rows`, `state` and `begun` exist only until it is complete."""
 
     def __init__(self, stem):
         self.X, self.y, self.about = (Path(f"{stem}-{end}") for end in ("X.npy", "y.npy", "X.json"))
-        self.rows, self.state, self.plan = (Path(f"{stem}{end}") for end in
+        self.rows, self.state, self.begun = (Path(f"{stem}{end}") for end in
                                             ("-X.partial.npy", "-state.partial.npy", "-X.partial.json"))
 
 
@@ -128,7 +128,7 @@ def dump(model, images, stem, about, device, *, batch_size, workers, skip_bad_im
     with ExitStack() as stack:      # the first process holds the lock for all of its command; a second one is refused
         run_by_first(stack.enter_context, locked(files.X, f"{files.X}: another process writes it; wait for its end"))
         run_by_first(begin, files, about, len(images), skip_bad_images, overwrite)
-        if files.plan.exists():
+        if files.begun.exists():
             fill(model, images, files, device, batch_size, workers, about["precision"], skip_bad_images)
             barrier()
             run_by_first(finish, files, about, images)
@@ -143,10 +143,10 @@ def describe_dump(about, precision="fp32", storage="fp32"):
 
 def check_dump(files, about, skip_bad_images, overwrite):
     """Refuse a dump that would replace another one, or that is complete without images which are now wanted."""
-    check_free(files.plan, about, overwrite)
-    check_free(files.about, about, overwrite, *([] if files.plan.exists() else [files.X, files.y]))
+    check_free(files.begun, about, overwrite)
+    check_free(files.about, about, overwrite, *([] if files.begun.exists() else [files.X, files.y]))
     skipped = (read_json(files.about) or {}).get("skipped")
-    if skipped and not (skip_bad_images or overwrite or files.plan.exists()):
+    if skipped and not (skip_bad_images or overwrite or files.begun.exists()):
         raise InputError(f"{files.X}: made without {len(skipped)} unreadable image(s), {shorten(skipped)}: pass "
                          "--skip_bad_images to leave it so, or --overwrite to make it again")
 
@@ -154,9 +154,9 @@ def check_dump(files, about, skip_bad_images, overwrite):
 def begin(files, about, n, skip_bad_images, overwrite):
     """Make the files to fill, unless they are there from a run that was stopped, or the dump is complete."""
     check_dump(files, about, skip_bad_images, overwrite)
-    if files.plan.exists() and not files.rows.exists() and files.X.exists():      # stopped in `finish`: undo the rename
+    if files.begun.exists() and not files.rows.exists() and files.X.exists():      # stopped in `finish`: take it back
         os.replace(files.X, files.rows)
-    if files.rows.exists() and json_contains(files.plan, about):
+    if files.rows.exists() and json_contains(files.begun, about):
         state = read_array(files.state, "r+")
         state[state == UNREADABLE] = TODO              # they may have been repaired since
         state.flush()
@@ -166,10 +166,10 @@ def begin(files, about, n, skip_bad_images, overwrite):
         print(f"{files.X}: complete already")
         remove_partial(files)
     else:
-        files.plan.unlink(missing_ok=True)
+        files.begun.unlink(missing_ok=True)
         allocate(files.rows, (n, about["dim"]), about["dtype"])
         allocate(files.state, (n,), np.uint8)
-        write_json(files.plan, about)
+        write_json(files.begun, about)
         files.about.unlink(missing_ok=True)            # what it describes is kept until there is room for the new
 
 
@@ -182,7 +182,7 @@ def fill(model, images, files, device, batch_size, workers, precision, skip_bad_
     loader = make_loader(images, batch_size, workers, device.type == "cuda", todo)
     for batch, (x, y) in zip(todo, tqdm(loader, desc=files.X.name, unit="batch", disable=rank() > 0), strict=True):
         rows = slice(batch * batch_size, batch * batch_size + len(y))
-        find_readable_rows(images, y, rows.start, [], skip_bad_images)
+        name_unreadable(images, y, rows.start, skip_bad_images)      # an error unless they may be left out
         with autocast(device, precision):
             embeddings = model(x.to(device, non_blocking=True))
         X[rows] = embeddings[:, :X.shape[1]].to(getattr(torch, X.dtype.name)).cpu().numpy()
@@ -211,7 +211,7 @@ def finish(files, about, images):
 
 
 def remove_partial(files):
-    for path in (files.plan, files.state, files.rows):      # the plan first: without it the others count for nothing
+    for path in (files.begun, files.state, files.rows):      # `begun` first: without it the others count for nothing
         path.unlink(missing_ok=True)
 
 

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from image_set import ImageSet, shorten
+from image_set import ImageSet
 from processes import rank
 
 from mrl_files import InputError, file_path
-from mrl_images import class_folders, label_order
+from mrl_images import class_folders, label_order, shorten
 
 HERE = Path(__file__).resolve().parent
 SYNSETS, SYNSETS_4K = "imagenet_synsets.txt", "imagenet4k_synsets.txt"

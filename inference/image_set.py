@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from mrl_files import InputError
-from mrl_images import describe_unreadable, image_path, leave_endings_to_the_first, list_images, read_rgb
+from mrl_images import describe_unreadable, image_path, leave_endings_to_the_first, list_images, read_rgb, shorten
 from mrl_models import MEAN, STD
 
 
@@ -39,7 +39,7 @@ class ImageSet(Dataset):
         try:
             image = read_rgb(path)
         except Exception:                      # whatever a decoder makes of broken bytes
-            return torch.zeros(3, *self.transform.crop), -1
+            return torch.zeros(3, self.transform.crop, self.transform.crop), -1
         return self.transform(image), label
 
     def sample(self, n):
@@ -57,16 +57,14 @@ class ImageSet(Dataset):
         return image_path(self.folder, self.classes[self.labels[i]], self.files[i])
 
 
-def find_readable_rows(images, y, start, bad, skip_bad_images):
-    """Rows of a batch whose files could be read: None for all. The others are added to `bad`, or stop the run."""
-    if (y >= 0).all():
-        return None
+def name_unreadable(images, y, start, skip_bad_images):
+    """-> the files of a batch (labels y, from image `start` on) that could not be read; InputError if any may not be
+    left out."""
     names = [describe_unreadable(images.path(start + i)) for i in (y < 0).nonzero()[:, 0].tolist()]
-    if not skip_bad_images:
+    if names and not skip_bad_images:
         raise InputError(f"{len(names)} unreadable image(s) in this batch: {', '.join(names[:3])}; "
                          "repair them, or pass --skip_bad_images")
-    bad.extend(names)
-    return y >= 0
+    return names
 
 
 class Preparation(transforms.Compose):
@@ -75,7 +73,7 @@ class Preparation(transforms.Compose):
     def __init__(self, resize=256, crop=224, mean=MEAN, std=STD):
         super().__init__([transforms.Resize(resize), transforms.CenterCrop(crop), transforms.ToTensor(),
                           transforms.Normalize(mean, std)])
-        self.resize, self.crop = resize, (crop, crop)
+        self.resize, self.crop = resize, crop
 
 
 def make_loader(images, batch_size, workers, pin_memory=False, batches=None):
@@ -90,8 +88,3 @@ def make_loader(images, batch_size, workers, pin_memory=False, batches=None):
 def show_skipped(names):
     if names:
         print(f"{len(names)} unreadable image(s) left out: {shorten(names)}")
-
-
-def shorten(names):
-    """-> the first few of the names, for a message."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

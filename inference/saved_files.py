@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from mrl_files import InputError, read_embeddings, read_json, read_labels, replacing, write_json
-from mrl_models import model_name
 
 
 def outputs_path(folder, spec, dataset, tta, what):
@@ -30,9 +29,9 @@ def accuracy_path(folder, spec, dataset, tta, checkpoint):
     return Path(folder) / f"{run_name(spec, dataset, tta)}_accuracy_{checkpoint}.json"
 
 
-def table_stem(folder, dataset, tta):
-    """The common beginning of the .csv, .png and .json of several checkpoints."""
-    return Path(folder) / f"accuracy_dataset={dataset}_tta={bool(tta)}"
+def table_paths(folder, dataset, tta):
+    """The figures of several checkpoints: .csv, .png, and the .json that says which."""
+    return [Path(folder) / f"accuracy_dataset={dataset}_tta={bool(tta)}{end}" for end in (".csv", ".png", ".json")]
 
 
 def run_name(spec, dataset, tta):
@@ -41,14 +40,14 @@ def run_name(spec, dataset, tta):
 
 
 def arrays_stem(folder, dataset, split, model):
-    """The common beginning of -X.npy, -y.npy and -X.json; model: "mrl1_e0_ff2048" or a spec."""
-    return Path(folder) / f"{dataset}_{split}_{model if isinstance(model, str) else model_name(model)}"
+    """The common beginning of -X.npy, -y.npy and -X.json; model: "mrl1_e0_ff2048"."""
+    return Path(folder) / f"{dataset}_{split}_{model}"
 
 
 def describe_origin(path, spec, dataset, images):
     """-> what files remember of the checkpoint and the images they came from."""
     return {"checkpoint": fingerprint(path), "nesting_list": spec["nesting_list"], "dataset": dataset,
-            "images": images.digest(), "resize": images.transform.resize, "crop": images.transform.crop[0]}
+            "images": images.digest(), "resize": images.transform.resize, "crop": images.transform.crop}
 
 
 def fingerprint(path):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from mrl_files import InputError, describe_error
 from mrl_images import class_folders, image_names, label_order, printable, read_rgb
-from mrl_models import MEAN, STD, preparation, stack_logits
+from mrl_models import preparation, stack_logits
 
 BATCH = 16
 
@@ -40,11 +40,11 @@ def grad_cam(model, x, target=None, layer=None):
     activation = kept[-1]
     classes = logits.argmax(-1) if target is None else target.expand(len(logits), -1)
     scores = logits.gather(-1, classes[..., None]).sum((1, 2))                # [G]; images do not meet in eval mode
-    maps = [weighed(activation, score, getattr(model, "num_prefix_tokens", 1)) for score in scores]
+    maps = [weigh_maps(activation, score, getattr(model, "num_prefix_tokens", 1)) for score in scores]
     return torch.stack(maps), logits.detach()
 
 
-def weighed(activation, score, prefix):
+def weigh_maps(activation, score, prefix):
     """Maps summed with their mean gradients as weights, negative parts cut: a layer's output -> [N, h, w]"""
     gradient, = torch.autograd.grad(score, activation, retain_graph=True)
     weights = as_maps(gradient, prefix).mean((2, 3), keepdim=True)
@@ -70,7 +70,7 @@ def keep_output(kept, module, args, output):
     return output.clone()                                  # in-place operations are common there, and fail on a leaf
 
 
-def find_layer(model, name=None):
+def find_layer(model, name):
     """-> the module of that name; None: the last of `layer4` (ResNet) or `features` (most other networks), else of what
     timm lists. Of its transformers it is the last block's norm: of the block's end often only the class token counts.
     """
@@ -98,7 +98,8 @@ def explain(model, paths, target=None, layer=None, resize=None, crop=224):
     device, maps, logits = next(model.parameters()).device, [], []
     for start in tqdm(range(0, len(paths), BATCH), desc="Grad-CAM", unit="batch", disable=None):
         batch = slice(start, start + BATCH)
-        x = torch.stack([normalise(picture(path, resize, crop), mean, std) for path in paths[batch]]).to(device)
+        pictures = torch.stack([picture(path, resize, crop) for path in paths[batch]])
+        x = transforms.functional.normalize(pictures, mean, std).to(device)
         classes = None if target is None else target[batch].to(device)
         for kept, new in zip((maps, logits), grad_cam(model, x, classes, layer), strict=True):
             kept.append(new.cpu())
@@ -128,10 +129,6 @@ def picture(path, resize=256, crop=224):
         return see(read_rgb(path))
     except Exception as error:                 # whatever a decoder makes of broken bytes
         raise InputError(f"{printable(path)}: not a readable image ({describe_error(error)})") from None
-
-
-def normalise(image, mean=MEAN, std=STD):
-    return transforms.functional.normalize(image, mean, std)
 
 
 def overlay(image, heat):
@@ -173,7 +170,7 @@ def true_classes(paths, ids):
     return torch.tensor([index[path.parent.name] for path in paths])
 
 
-def explained(target, truth):
+def choose_target(target, truth):
     """-> the class to explain for each image, as `explain` takes it. target: "predicted", or "true" (= truth)."""
     if target not in ("predicted", "true"):
         raise InputError(f'target={target!r}: give "predicted" or "true"')

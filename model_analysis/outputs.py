@@ -32,8 +32,8 @@ def read(folder, kind, head="mrl", dataset="V1", tta=False):
     path, gt_path = find(folder, wanted), find_gt(folder, wanted)
     array, gt = load(path, dims=2 if kind == "predictions" else 3), load(gt_path, dims=1)
     said, said_of_gt = (read_json(file.with_suffix(".json")) or {} for file in (path, gt_path))
-    info = describe(path, array, wanted, said)
-    check(path, array, gt, info, said_of_gt.get("images"))
+    info = describe_run(path, array, wanted, said)
+    check_together(path, array, gt, info, said_of_gt.get("images"))
     return array, gt, info
 
 
@@ -125,12 +125,12 @@ def load(path, dims):
     return array if dims == 3 else check_labels(array, path)
 
 
-def describe(path, array, wanted, said):
+def describe_run(path, array, wanted, said):
     """-> info, from what the .json beside the file said, or as far as the name and the shape show it."""
-    known = {"nesting_list": sizes_by_name(path, array, wanted["head"]), "classes": None, "checkpoint": None,
-             "images": None, "num_classes": array.shape[2] if array.ndim == 3 else None, **said}
+    shown = {"nesting_list": sizes_by_name(path, array, wanted["head"]), "classes": None, "checkpoint": None,
+             "images": None, "num_classes": array.shape[2] if array.ndim == 3 else None}
     return {**{key: wanted[key] for key in ("head", "dataset", "tta")},
-            **{key: known[key] for key in ("nesting_list", "num_classes", "classes", "checkpoint", "images")}}
+            **{key: said.get(key, value) for key, value in shown.items()}}
 
 
 def sizes_by_name(path, array, head):
@@ -141,7 +141,7 @@ def sizes_by_name(path, array, head):
     return [int(named[1] if named else 2048) >> i for i in reversed(range(len(array)))]
 
 
-def check(path, array, gt, info, images_of_gt):
+def check_together(path, array, gt, info, images_of_gt):
     """InputError unless the array, its description and the true classes belong together."""
     if len(info["nesting_list"]) != len(array):
         raise InputError(f"{path}: holds {len(array)} sizes, its description {info['nesting_list']}")

@@ -107,7 +107,7 @@ def evaluate(softmax, gt, wnids):
     """
     softmax, gt = np.asarray(softmax), np.asarray(gt)
     of_class = assignment(wnids)
-    check(softmax, gt, wnids, of_class)
+    check_arrays(softmax, gt, wnids, of_class)
     predictions = softmax.argmax(-1)                                          # [G, N]
     truth, guess = of_class[gt], of_class[predictions]
     covered = truth > 0
@@ -119,7 +119,7 @@ def evaluate(softmax, gt, wnids):
             "confusion": np.stack([confusion(truth, row, len(wnids) + 1) for row in guess])}
 
 
-def check(softmax, gt, wnids, of_class):
+def check_arrays(softmax, gt, wnids, of_class):
     if softmax.ndim != 3 or gt.shape != softmax.shape[1:2] or softmax.shape[2] != len(of_class):
         raise InputError(f"softmax {list(softmax.shape)} and gt {list(gt.shape)} must be [G, N, {len(of_class)}] and "
                          "[N]: superclasses are those of ImageNet-1K's classes")

@@ -41,12 +41,13 @@ def test_two_of_a_kind_are_told_apart_by_path():
 
 
 def test_csv_and_plot(tmp_path):
-    accuracy_table.save(RUNS, tmp_path / "table_dataset=V1", {"checkpoints": ["0f"] * 4})
-    assert json.loads((tmp_path / "table_dataset=V1.json").read_text()) == {"checkpoints": ["0f"] * 4}
-    table = pd.read_csv(tmp_path / "table_dataset=V1.csv")
+    text, picture, companion = (tmp_path / f"table{end}" for end in (".csv", ".png", ".json"))
+    accuracy_table.save(RUNS, text, picture, companion, {"checkpoints": ["0f"] * 4})
+    assert json.loads(companion.read_text()) == {"checkpoints": ["0f"] * 4}
+    table = pd.read_csv(text)
     assert table.columns.tolist() == ["model", "size", "top1", "top5", "loss", "path", "checkpoint"]
     assert table.top1.tolist() == [0.25, 0.5, 0.3, 0.6, 0.2, 0.4]
-    assert (tmp_path / "table_dataset=V1.png").stat().st_size > 10_000
+    assert picture.stat().st_size > 10_000
 
 
 def test_plot_has_a_line_per_model():

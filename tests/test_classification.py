@@ -1,12 +1,12 @@
 """Figures of every head against plain PyTorch; saved tensors; unreadable images."""
 import pytest
 import torch
-from classification import Outputs, compute_logits, evaluate
+from classification import Outputs, evaluate
 from image_set import ImageSet, Preparation, make_loader
 from image_trees import SIZE, ColourReader, make_tree, write_image
 
 from mrl_files import InputError
-from mrl_models import build_model
+from mrl_models import build_model, compute_logits
 
 CPU = torch.device("cpu")
 

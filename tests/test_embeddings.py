@@ -255,7 +255,7 @@ def test_killed_dump_restarted_equals_an_uninterrupted_one(tmp_path):
     process = Forked(write_slowly, tree, stem)
     try:
         deadline = time.time() + 60
-        while time.time() < deadline and not (files.plan.exists() and np.load(files.state).sum() >= 12):
+        while time.time() < deadline and not (files.begun.exists() and np.load(files.state).sum() >= 12):
             time.sleep(0.05)
     finally:
         process.send_signal(signal.SIGKILL)

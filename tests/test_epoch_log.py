@@ -1,6 +1,6 @@
 """An epoch's figures: their names, the printed table, the times of steps, and the log."""
 import torch
-from epoch_log import Stopwatch, append_events, append_log, forget_after, named, read_log, table
+from epoch_log import Stopwatch, append_events, append_log, forget_after, format_table, named, read_log
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
@@ -16,13 +16,13 @@ def test_the_table_hints_where_time_goes():
               "train_time": 2, "peak_memory_mb": 5, "train_loss": 1, "val_images": 3, "top_1_8": 0.5, "top_5_8": 1,
               "val_loss_8": 0.7, "train_loss_8": 0.9}
     spec = {"head": "mrl", "nesting_list": [8]}
-    text = table(record, spec, epochs=2)
+    text = format_table(record, spec, epochs=2)
     assert "waiting for data 30%" in text and "hint: the device of process 1 waits for data" in text
     assert text.splitlines()[-1].split() == ["8", "50.00", "100.00", "0.7000", "0.9000"]
-    text = table(record | {"ema_top_1_8": 0.625}, spec, epochs=2)
+    text = format_table(record | {"ema_top_1_8": 0.625}, spec, epochs=2)
     assert text.splitlines()[-2:] == ["    size   top-1 %   top-5 %  val loss  train loss  ema top-1 %",
                                       "       8     50.00    100.00    0.7000      0.9000        62.50"]
-    assert "hint" not in table(record | {"waiting_for_data": 0.1}, spec, epochs=2)
+    assert "hint" not in format_table(record | {"waiting_for_data": 0.1}, spec, epochs=2)
 
 
 def test_waits_are_what_lies_between_the_steps(monkeypatch):

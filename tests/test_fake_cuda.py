@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from trainer import Trainer
 
-from mrl_models import count
+from mrl_models import compute_logits, count
 
 
 def move(module, device, memory_format=None):
@@ -113,7 +113,7 @@ def test_a_step_and_a_validation_stay_on_the_gpu(make_trainer, words, precision)
         trainer.model.eval()
         with WithoutCopies(), torch.no_grad(), trainer.autocast:
             images, labels = batch(5, 64)
-            logits = trainer.val_logits(trainer.model, normalise(images, trainer.mean, trainer.std))
+            logits = compute_logits(trainer.model, normalise(images, trainer.mean, trainer.std))
             sums = count(logits, labels.flatten())
     assert logits.dtype == torch.float32
     assert trainer.losses.device == logits.device == sums.device == torch.device("cuda:0")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ffcv.fields.rgb_image import IMAGE_MODES
 from ffcv.reader import Reader
-from ffcv_loader import SeededCrop, check_file, companion, inspect
+from ffcv_loader import SeededCrop, companion, inspect
 from torchvision.transforms.functional import resize
 
 from mrl_files import InputError
@@ -25,6 +25,14 @@ def train_file(ffcv_folder):
 def batches(path, epoch, workers=1, seed=7, first_batch=0, in_memory=1, **options):
     loader = ffcv_loader.train_loader(path, 8, workers, in_memory, 32, seed, "cpu", **options)
     return [(x.clone(), y.clone()) for x, y in loader.epoch(epoch, first_batch)]
+
+
+def batch_of(path, order, **crop):
+    """The images of these numbers, in that order."""
+    loader = ffcv_loader.train_loader(path, 8, 1, 1, 32, 7, "cpu", **crop)
+    loader.next_traversal_order = lambda: order
+    (x, y), = loader.epoch(0)
+    return x.clone(), y.clone()
 
 
 def digest(epoch_batches):
@@ -51,13 +59,13 @@ def test_an_epoch_can_go_on_from_any_batch(train_file):
 
 
 def test_pixels_belong_to_the_image_not_to_its_place(train_file):
-    forward, backward = (batches(train_file, 0, indices=order) for order in (np.arange(8), np.arange(8)[::-1].copy()))
-    assert torch.equal(forward[0][0], backward[0][0].flip(0)) and torch.equal(forward[0][1], backward[0][1].flip(0))
+    (x, y), (x_back, y_back) = (batch_of(train_file, order) for order in (np.arange(8), np.arange(8)[::-1].copy()))
+    assert torch.equal(x, x_back.flip(0)) and torch.equal(y, y_back.flip(0))
 
 
 def test_crops_can_be_gentle(train_file):
     """The whole of each image, not mirrored: what a resize of the file's own pixels gives."""
-    gentle, usual = (batches(train_file, 0, indices=np.arange(8), **crop)[0][0].float()
+    gentle, usual = (batch_of(train_file, np.arange(8), **crop)[0].float()
                      for crop in ({"scale": 1, "flip": False}, {}))
     reader = Reader(str(train_file))
     raw = [i for i in range(8) if reader.metadata["f0"]["mode"][i] == IMAGE_MODES["raw"]]
@@ -105,7 +113,7 @@ def test_validation_reads_each_image_once(ffcv_folder, world_size):
 def test_no_compiled_operation_comes_after_to_tensor():
     """FFCV's planner loops for ever on such a pipeline."""
     for device in ("cpu", "cuda"):
-        names = [type(op).__name__ for op in ffcv_loader.pipelines(SeededCrop((32, 32)), device)["image"]]
+        names = [type(op).__name__ for op in ffcv_loader.make_pipelines(SeededCrop((32, 32)), device)["image"]]
         assert names == ["SeededCrop", "ToTensor", "ToDevice"][:2 + (device == "cuda")]
 
 
@@ -138,16 +146,16 @@ def test_an_iterator_is_gone_after_its_epoch(train_file, no_collections):
 
 def test_files_that_are_refused(ffcv_folder, tmp_path):
     train_file = ffcv_folder / "train_500_0.50_90.ffcv"
-    assert check_file(train_file, 3) == Reader(str(train_file)).num_samples == 60
+    assert inspect(train_file, 3)[0] == Reader(str(train_file)).num_samples == 60
     whole = train_file.read_bytes()
     for name, content, said in [("cut.ffcv", whole[:-100], "truncated"), ("half.ffcv", whole[:10 ** 7], "truncated"),
                                 ("head.ffcv", whole[:20], "not an .ffcv"), ("empty.ffcv", b"", "not an .ffcv"),
                                 ("text.ffcv", b"hello" * 100, "not an .ffcv")]:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=said):
-            check_file(tmp_path / name, 3)
+            inspect(tmp_path / name, 3)
     with pytest.raises(InputError, match=r"labels run from 0 to 2, model.num_classes=2"):
-        check_file(train_file, 2)
+        inspect(train_file, 2)
 
 
 def test_class_names_of_another_file_are_refused(ffcv_folder, tmp_path):

@@ -7,9 +7,10 @@ import torch
 from captum.attr import LayerGradCam
 from conftest import fill
 from PIL import Image
+from torchvision.transforms.functional import normalize
 
 from mrl_files import InputError
-from mrl_models import build_model, load_model
+from mrl_models import MEAN, STD, build_model, load_model
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def tree(tmp_path):
 
 def test_files_in_batches_equal_one_batch(tree, monkeypatch):
     model, paths = model_of("mrl"), gradcam.image_paths(tree)
-    x = torch.stack([gradcam.normalise(gradcam.picture(path, 32, 32)) for path in paths])
+    x = normalize(torch.stack([gradcam.picture(path, 32, 32) for path in paths]), MEAN, STD)
     for target in (None, torch.tensor([0, 1, 0, 1, 0, 1])):
         monkeypatch.setattr(gradcam, "BATCH", 4)
         maps, logits = gradcam.explain(model, paths, target, "layer2", 32, 32)
@@ -144,8 +145,8 @@ def test_overlay_is_brightest_where_the_heat_is():
     (lambda tree: gradcam.class_ids(10), "10 classes, ImageNet has 1000"),
     (lambda tree: gradcam.class_ids(2, tree / "nowhere"), "no such folder"),
     (lambda tree: gradcam.true_classes(gradcam.image_paths(tree), ["ant", "cat"]), "none of the 2 classes"),
-    (lambda tree: gradcam.explained("true", None), "not known"),
-    (lambda tree: gradcam.explained("best", None), "give \"predicted\" or \"true\""),
+    (lambda tree: gradcam.choose_target("true", None), "not known"),
+    (lambda tree: gradcam.choose_target("best", None), "give \"predicted\" or \"true\""),
 ])
 def test_refusals(tree, call, words):
     with pytest.raises(InputError, match=words):
@@ -154,7 +155,7 @@ def test_refusals(tree, call, words):
 
 def test_the_class_to_explain():
     truth = torch.tensor([1])
-    assert gradcam.explained("true", truth) is truth and gradcam.explained("predicted", truth) is None
+    assert gradcam.choose_target("true", truth) is truth and gradcam.choose_target("predicted", truth) is None
 
 
 def test_pictures_that_are_too_large_end_in_one_line(tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def test_a_head_of_more_classes_than_folders_is_noted(image_tree, capsys):
 
 def test_what_is_no_data_set(tmp_path, image_tree, monkeypatch):
     with pytest.raises(InputError, match=r"nothing: no such file; give a folder of class folders, or an .ffcv file"):
-        loaders.reader_of(tmp_path / "nothing")
+        loaders.find_reader(tmp_path / "nothing")
     with pytest.raises(InputError, match="holds no class folders"):
         loaders.check_data(tmp_path, tmp_path, 3)
     with pytest.raises(InputError, match=r"train: has 3 class folders, model.num_classes=2"):
@@ -91,10 +91,10 @@ def test_without_ffcv_a_folder_is_read_and_a_file_is_not(tmp_path, image_tree, m
         monkeypatch.setitem(sys.modules, name, None)
     said = r"data.ffcv: .ffcv files need FFCV \(.*\): ./setup.sh installs it, or says what it lacks"
     with pytest.raises(InputError, match=said):
-        loaders.reader_of(tmp_path / "data.ffcv")
+        loaders.find_reader(tmp_path / "data.ffcv")
     with pytest.raises(InputError, match=said):
         write_imagenet.write(SimpleNamespace(write_path=f"{tmp_path}/data.ffcv"))
-    assert loaders.reader_of(image_tree / "train") is folder_loader
+    assert loaders.find_reader(image_tree / "train") is folder_loader
     assert loaders.check_data(image_tree / "train", image_tree / "val", 3) == 60
 
 

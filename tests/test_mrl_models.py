@@ -20,7 +20,6 @@ from mrl_models import (
     autocast,
     build_model,
     check_nesting_list,
-    check_relative_importance,
     classifier,
     classify_in_float32,
     count,
@@ -116,13 +115,6 @@ def test_default_sizes():
 def test_sizes_must_increase(sizes):
     with pytest.raises(InputError, match="increasing positive integers"):
         check_nesting_list(sizes)
-
-
-def test_weights_of_the_sizes_are_checked():
-    assert check_relative_importance([0, 2]).tolist() == [0, 2]
-    for weights in ([-1, 1], [0, 0], [float("nan"), 1], 3):
-        with pytest.raises(InputError):
-            check_relative_importance(weights)
 
 
 @pytest.mark.parametrize("head", ["mrl", "mrl_e", "ff16"])

@@ -78,6 +78,8 @@ def test_flags_choose_the_head(model, head, sizes):
     ({"mrl": 1, "nesting_list": "8,a"}, "model.nesting_list=8,a"),
     ({"mrl": 1, "nesting_list": "16,8"}, "increasing"),
     ({"mrl": 1, "relative_importance": "2,1"}, "2 weights for sizes"),
+    *(({"mrl": 1, "relative_importance": weights}, f"relative_importance={weights}: must be numbers from 0 up,")
+      for weights in ("-1,1", "0,0", "nan,1", "1,inf")),
     ({"mrl": 1, "nesting_start": 12}, "nesting_start")])
 def test_flags_that_contradict(model, said):
     with pytest.raises(InputError, match=said):
@@ -195,11 +197,12 @@ def test_mixing_is_drawn_from_seed_epoch_batch_and_process():
     assert all(map(torch.equal, unmixed, batch()))
 
 
-def test_an_average_that_stands_still_and_a_rate_for_sgd():
+def test_an_average_that_stands_still_and_a_rate_for_sgd(capsys):
     def said(rate=0.425, **training):
         training = {"ema": None, "optimizer": "sgd", **training}
-        return check_training(SimpleNamespace(**training), SimpleNamespace(lr=rate))
-    assert said() is said(ema=0.999) is said(1e-3, optimizer="adamw") is None
+        check_training(SimpleNamespace(**training), SimpleNamespace(lr=rate))
+        return capsys.readouterr().err
+    assert said() == said(ema=0.999) == said(1e-3, optimizer="adamw") == ""
     assert said(1.7, optimizer="adamw").startswith("warning: --lr.lr=1.7 is a rate for SGD")
     with pytest.raises(InputError, match=r"--training.ema=1: .* give less"):
         said(ema=1.0)

@@ -33,7 +33,7 @@ def test_names():
     assert outputs_path(".", FF, "V2", 0, "gt").name == "gt_dataset=V2.pth"
     assert accuracy_path(".", FF, "V2", 0, "0f").name == \
         "mrl=False_efficient=False_ff=256_dataset=V2_tta=False_accuracy_0f.json"
-    assert arrays_stem("x", "4K", "train", MRL_E).as_posix() == "x/4K_train_mrl1_e1_ff2048"
+    assert arrays_stem("x", "4K", "train", "mrl1_e1_ff2048").as_posix() == "x/4K_train_mrl1_e1_ff2048"
 
 
 def test_saved_tensors_are_memory_mapped_plain_tensors(tmp_path):

@@ -30,9 +30,9 @@ def test_cosine():
 
 
 def test_batches_that_share_a_step():
-    assert [schedules.group(batch, 7, 3) for batch in range(7)] == [
+    assert [schedules.find_step(batch, 7, 3) for batch in range(7)] == [
         (0, 3, False), (0, 3, False), (0, 3, True), (1, 3, False), (1, 3, False), (1, 3, True), (2, 1, True)]
-    assert [schedules.group(batch, 2, 1) for batch in range(2)] == [(0, 1, True), (1, 1, True)]
+    assert [schedules.find_step(batch, 2, 1) for batch in range(2)] == [(0, 1, True), (1, 1, True)]
 
 
 def test_rates_within_an_epoch_run_to_the_next_epochs():

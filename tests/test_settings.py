@@ -8,7 +8,7 @@ import pytest
 import write_imagenet
 import yaml
 from conftest import ROOT
-from settings import PATH, as_dict, describe, read_settings
+from settings import PATH, as_dict, describe_settings, read_settings
 from train_imagenet import CONFIG
 
 from mrl_files import InputError
@@ -152,7 +152,7 @@ def test_an_unknown_flag_is_refused(monkeypatch, capsys):
 
 def test_help_is_plain_and_fits_a_terminal():
     """Also in a pager or a file; what is required stands first."""
-    lines = describe(CONFIG).splitlines()
+    lines = describe_settings(CONFIG).splitlines()
     assert max(map(len, lines)) <= 100 and "\x1b" not in "".join(lines)
     words = " ".join(line.split()[0] for line in lines if line.startswith("  --"))
     assert all(f"--{'.'.join(path)}" in words for path in CONFIG.entries)

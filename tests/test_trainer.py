@@ -111,7 +111,7 @@ def test_every_resolution_is_compiled(make_trainer, monkeypatch):
 def test_a_run_that_diverged_ends_before_it_is_saved(trainer):
     trainer.check_weights()
     trainer.model.fc.nesting_classifier_1.weight.data[0, 0] = float("inf")
-    for save_and_end in (trainer.check_weights, lambda: trainer.stopped(signal.SIGTERM)):
+    for save_and_end in (trainer.check_weights, lambda: trainer.save_and_stop(signal.SIGTERM)):
         with pytest.raises(mrl_files.InputError, match=r"epoch 1: weights are NaN or infinite.* lower --lr.lr"):
             save_and_end()
     assert not list(trainer.folder.iterdir())
@@ -233,18 +233,20 @@ def test_the_averages_head_is_its_own(make_trainer):
     """Both compute in float32 (classify_in_float32), each with its own weights."""
     trainer = make_trainer("--training.ema=0.5")
     trainer.model.fc.nesting_classifier_0.weight.data.zero_()
-    logits = [trainer.val_logits(model.eval(), torch.rand(2, 3, 32, 32))[0] for model in trainer.models.values()]
+    logits = [mrl_models.compute_logits(model.eval(), torch.rand(2, 3, 32, 32))[0] for model in trainer.models.values()]
     bias = trainer.model.fc.nesting_classifier_0.bias.expand(2, 2)
     assert torch.equal(logits[0], bias) and not torch.allclose(logits[1], bias)
 
 
 def test_tta_averages_the_mirrored_image(trainer):
-    def model(images):
-        return images.mean((2, 3)) * torch.tensor([1., 0, 0]) + images[:, :, 0, 0]
-    images = torch.rand(4, 3, 8, 8)
+    """The loss is that of the mean of both logits."""
     trainer.settings.validation.lr_tta = 1
-    expected = (model(images) + model(images.flip(-1))) / 2
-    torch.testing.assert_close(trainer.val_logits(model, images), expected[None])
+    (images, labels), model = batch(), trainer.model.eval()
+    x = normalise(images, trainer.mean, trainer.std)
+    with torch.no_grad():
+        mean = (model(x)[0] + model(x.flip(-1))[0]) / 2
+    said = trainer.validate([(images, labels)])
+    assert said["val_loss_4"] == pytest.approx(torch.nn.functional.cross_entropy(mean, labels.flatten()).item(), 1e-5)
 
 
 def test_the_next_command_finds_a_folder_of_ones_own(tmp_path):

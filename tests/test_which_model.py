@@ -5,14 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from classification import compute_logits
 from conftest import fill
 from image_trees import make_run
 from which_model import check_checkpoint, open_by_flags, read_released_name
 
 from MRL import NESTING_LIST
 from mrl_files import InputError
-from mrl_models import build_model, fill_model, find_weights
+from mrl_models import build_model, compute_logits, fill_model, find_weights
 
 EVERY_SIZE = {"mrl": NESTING_LIST, "mrl_e": NESTING_LIST, "ff512": [512], "ff2048": [2048]}
 FLAGS = {"arch": None, "mrl": False, "efficient": False, "rep_size": None, "nesting_list": None, "old_ckpt": False,

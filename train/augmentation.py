@@ -19,15 +19,15 @@ VALIDATION_RATIO = 224 / 256                    # the centre crop's share of the
 def image_keys(seed, epoch, n):
     """-> [n] uint64, one key for each image of an epoch."""
     with np.errstate(over="ignore"):
-        start = mix(mix(np.uint64(seed)) + np.uint64(epoch))
-        return mix(start + np.arange(n, dtype=np.uint64))
+        start = scramble(scramble(np.uint64(seed)) + np.uint64(epoch))
+        return scramble(start + np.arange(n, dtype=np.uint64))
 
 
 GOLDEN, FIRST, SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 S30, S27, S31, S11 = (np.uint64(bits) for bits in (30, 27, 31, 11))
 
 
-def mix(x):
+def scramble(x):
     """SplitMix64's finaliser: neighbouring integers -> unrelated ones. Plain numpy, compiled below."""
     x = x + GOLDEN
     x = (x ^ (x >> S30)) * FIRST
@@ -35,13 +35,13 @@ def mix(x):
     return x ^ (x >> S31)
 
 
-_mix = keep_compiled()(mix)
+_scramble = keep_compiled()(scramble)
 
 
 @keep_compiled()
 def uniform(key, draw, low, high):
     """The draw-th number of a key, uniform in [low, high)."""
-    bits = _mix(key + np.uint64(draw) * GOLDEN)
+    bits = _scramble(key + np.uint64(draw) * GOLDEN)
     return low + (high - low) * (np.float64(bits >> S11) / 9007199254740992.0)      # 53 bits over 2**53
 
 

@@ -53,14 +53,14 @@ def saved_settings(folder):
 
 def check_same_run(folder, settings):
     """InputError where a setting that changes results differs from those the run began with."""
-    began, now = flat(saved_settings(folder)), flat(settings)
+    began, now = flatten(saved_settings(folder)), flatten(settings)
     for key in sorted(began | now):
         if not key.startswith(FREE) and began.get(key) != now.get(key):
             raise InputError(f"{folder}: this run began with --{key}={began.get(key)}, now {now.get(key)}; "
                              "give the same, or another --logging.name")
 
 
-def flat(settings):
+def flatten(settings):
     return {f"{section}.{name}": value for section, values in settings.items() for name, value in values.items()}
 
 
@@ -69,8 +69,6 @@ def make_folder(path):
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--logging.folder: cannot make {path} ({error.strerror})") from None
-    if not os.access(path, os.W_OK):
-        raise InputError(f"--logging.folder: cannot write to {path}")
 
 
 def lock_folder(folder):
@@ -81,31 +79,24 @@ def lock_folder(folder):
 
 def save(folder, state):
     """Write checkpoint.pt: at every moment a complete one is on the disk."""
-    with replacing(folder / CURRENT) as temporary:
-        write_through({"format": FORMAT, "run": run_number(folder), **state}, temporary)
-    sync_folder(folder)
+    write_through({"format": FORMAT, "run": run_number(folder), **state}, folder / CURRENT)
 
 
-def save_weights(folder, state, name=""):
+def save_weights(folder, state, name):
     """Write final_weights.pt, whose being there says that the run is finished; of name "ema_", final_weights_ema.pt.
     On the CPU: torch.load on a machine without a GPU takes no tensor of one."""
-    with replacing(folder / WEIGHTS[name]) as temporary:
-        write_through({key: value.cpu() for key, value in state.items()}, temporary)
-    sync_folder(folder)
+    write_through({key: value.cpu() for key, value in state.items()}, folder / WEIGHTS[name])
 
 
 def write_through(content, path):
-    """torch.save, and on the disk when this returns."""
-    with open(path, "wb") as file:
+    """torch.save; the file and its name are on the disk when this returns."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync_folder(folder):
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
 
 
 def run_number(folder):
@@ -117,10 +108,10 @@ def restore(folder):
     for killed in folder.glob(".checkpoint*.pt"):          # half written
         killed.unlink()
     path = folder / CURRENT
-    return read(path, run_number(folder)) if path.exists() else None
+    return read_state(path, run_number(folder)) if path.exists() else None
 
 
-def read(path, run=None):
+def read_state(path, run):
     """-> the state that `save` was given; InputError for a truncated, damaged or foreign file."""
     try:
         with zipfile.ZipFile(path) as archive:

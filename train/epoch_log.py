@@ -52,7 +52,7 @@ def named(spec, name, values):
     return {f"{name}{end}": value for end, value in zip(endings(spec), values.tolist(), strict=True)}
 
 
-def table(record, spec, epochs):
+def format_table(record, spec, epochs):
     """The end of an epoch: one line of facts, then a row a size, accuracies in per cent."""
     lines = [f"epoch {record['epoch'] + 1}/{epochs}  lr {record['current_lr']:.4f}  "
              f"{record['resolution']} px  {record['images_per_second']:.0f} images/s  "

@@ -23,16 +23,14 @@ from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, HeaderType
 from mrl_files import InputError, read_json
 
 
-def train_loader(path, batch_size, num_workers, in_memory, resolution, seed, device, *, distributed=False, indices=None,
-                 **crop):
+def train_loader(path, batch_size, num_workers, in_memory, resolution, seed, device, *, distributed=False, **crop):
     """crop: scale and flip of SeededCrop. Order as in the original: random over all processes when distributed, else
-    quasi-random (reads pages in turn); with `indices`, those images in that order.
+    quasi-random (reads pages in turn).
     """
     order = OrderOption.RANDOM if distributed else OrderOption.QUASI_RANDOM
     decoder = SeededCrop((resolution, resolution), **crop)
-    return TrainLoader(str(path), batch_size, num_workers, os_cache=bool(in_memory), seed=seed,
-                       order=order if indices is None else OrderOption.SEQUENTIAL, indices=indices,
-                       distributed=distributed, pipelines=pipelines(decoder, device))
+    return TrainLoader(str(path), batch_size, num_workers, os_cache=bool(in_memory), seed=seed, order=order,
+                       distributed=distributed, pipelines=make_pipelines(decoder, device))
 
 
 def val_loader(path, batch_size, num_workers, resolution, device, rank=0, world_size=1, ratio=VALIDATION_RATIO):
@@ -40,7 +38,7 @@ def val_loader(path, batch_size, num_workers, resolution, device, rank=0, world_
     batch_size = min(batch_size, max(1, len(mine)))      # FFCV holds memory for whole batches
     crop = CentreCrop((resolution, resolution), ratio)
     return Loader(str(path), batch_size, num_workers, os_cache=True, order=OrderOption.SEQUENTIAL,
-                  indices=mine, drop_last=False, pipelines=pipelines(crop, device))
+                  indices=mine, drop_last=False, pipelines=make_pipelines(crop, device))
 
 
 class CentreCrop(CenterCropRGBImageDecoder):
@@ -86,7 +84,7 @@ class SeededCrop(ResizedCropRGBImageDecoder):
         return decode
 
 
-def pipelines(image_decoder, device):
+def make_pipelines(image_decoder, device):
     """The one place where FFCV's stages are put in order: compiled decoders, then ToTensor, then the copy to a GPU.
 
     Normalisation is not among them: `normalise` does it on the device. A compiled operation after ToTensor would make
@@ -130,8 +128,14 @@ class TrainLoader(Loader):
 def inspect(path, num_classes):
     """-> number of images of a complete .ffcv file, names of its classes (None where none are kept); InputError for
     another file, and for labels that are not below num_classes."""
-    images = check_file(path, num_classes)
-    return images, read_classes(path, images)
+    check_complete(Path(path))
+    reader = open_reader(path)
+    if not pixels_are_there(reader.metadata["f0"], reader.alloc_table, Path(path).stat().st_size):
+        raise InputError(f"{path}: damaged (images lie outside the file); run write_imagenet.sh again")
+    labels = reader.metadata["f1"]
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise InputError(f"{path}: labels run from {labels.min()} to {labels.max()}, model.num_classes={num_classes}")
+    return reader.num_samples, read_classes(path, reader.num_samples)
 
 
 def companion(path):
@@ -148,18 +152,6 @@ def read_classes(path, images):
     return said.get("classes")
 
 
-def check_file(path, num_classes):
-    """-> number of images of a complete .ffcv file with labels below num_classes; InputError otherwise."""
-    check_complete(Path(path))
-    reader = opened(path)
-    if not pixels_are_there(reader.metadata["f0"], reader.alloc_table, Path(path).stat().st_size):
-        raise InputError(f"{path}: damaged (images lie outside the file); run write_imagenet.sh again")
-    labels = reader.metadata["f1"]
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise InputError(f"{path}: labels run from {labels.min()} to {labels.max()}, model.num_classes={num_classes}")
-    return reader.num_samples
-
-
 def check_complete(path):
     """FFCV writes the table of stored images last, one row for each: a file that lacks some of it was cut off."""
     header = np.fromfile(path, HeaderType, count=1)
@@ -170,7 +162,7 @@ def check_complete(path):
         raise InputError(f"{path}: truncated or not finished writing; run write_imagenet.sh again")
 
 
-def opened(path):
+def open_reader(path):
     """-> FFCV's reader of a file of images and labels."""
     try:
         reader = Reader(str(path))

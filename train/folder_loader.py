@@ -52,11 +52,11 @@ def inspect(path, num_classes):
     return len(images), images.classes
 
 
-def train_loader(path, batch_size, num_workers, in_memory, resolution, seed, device, *, distributed=False, indices=None,
-                 scale=SCALE, flip=True):
-    """indices: those images in that order. in_memory: as the system keeps files, so nothing here."""
+def train_loader(path, batch_size, num_workers, in_memory, resolution, seed, device, *, distributed=False, scale=SCALE,
+                 flip=True):
+    """in_memory: as the system keeps files, so nothing here."""
     images = ClassFolders(path)
-    order = Order(len(images), batch_size, seed, resolution, distributed, indices)
+    order = Order(len(images), batch_size, seed, resolution, distributed)
     crop = partial(train_crop, scale=float(scale), flip_below=0.5 if flip else 0.0)
     crop(Image.new("RGB", (1, 1)), np.uint64(0), 1)      # compiled here once, for the processes to inherit
     return TrainLoader(images, crop, order, num_workers, device)
@@ -109,23 +109,19 @@ class Crops(Dataset):
 class Order:
     """The batches of an epoch from `first_batch` on, as items of `Crops`; shuffled as FFCV does it."""
 
-    def __init__(self, n, batch_size, seed, resolution, distributed, indices):
+    def __init__(self, n, batch_size, seed, resolution, distributed):
         self.n, self.batch_size, self.seed, self.resolution = n, batch_size, seed, resolution
         self.sampler = DistributedSampler(range(n), shuffle=True, seed=seed) if distributed else None
-        self.indices = indices
         self.epoch, self.first_batch = 0, 0
 
     def shuffled(self):
-        if self.indices is not None:
-            return self.indices
         if self.sampler is None:
             return np.random.default_rng(self.seed + self.epoch).permutation(self.n)
         self.sampler.set_epoch(self.epoch)
         return np.array(list(self.sampler))
 
     def __len__(self):
-        n = self.n if self.sampler is None else len(self.sampler)
-        return (n if self.indices is None else len(self.indices)) // self.batch_size
+        return (self.n if self.sampler is None else len(self.sampler)) // self.batch_size
 
     def __iter__(self):
         keys, order = image_keys(self.seed, self.epoch, self.n), self.shuffled()

@@ -65,6 +65,7 @@ def torchrun_name():
 
 
 def world_size(settings):
+    """-> how many processes train: torchrun's, else what the settings ask for."""
     if under_torchrun():
         return int(os.environ["WORLD_SIZE"])
     return settings.dist.world_size if settings.training.distributed else 1
@@ -72,7 +73,7 @@ def world_size(settings):
 
 def check_devices(settings):
     """InputError where the processes cannot all have their device, or cannot meet."""
-    here = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else world_size(settings)
+    here = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else settings.dist.world_size
     if settings.training.device == "cuda":
         if not torch.cuda.is_available():
             raise InputError("--training.device=cuda: PyTorch sees no GPU here; --training.device=cpu trains without")
@@ -104,19 +105,18 @@ def launch(worker, settings, *args):
     """Run worker(process, settings, *args) in every process of the world; returns, or exits, when all have ended."""
     if under_torchrun():
         run_worker(int(os.environ["LOCAL_RANK"]), worker, settings, *args)
-    elif world_size(settings) == 1:
+    elif settings.dist.world_size == 1:
         worker(Process(device=find_device(settings.training.device, FLAG)), settings, *args)
     else:
         spawn(worker, settings, *args)
 
 
 def spawn(worker, settings, *args):
-    os.environ.update(MASTER_ADDR=settings.dist.address, MASTER_PORT=str(settings.dist.port),
-                      WORLD_SIZE=str(world_size(settings)))
+    size = settings.dist.world_size
+    os.environ.update(MASTER_ADDR=settings.dist.address, MASTER_PORT=settings.dist.port, WORLD_SIZE=str(size))
     # Otherwise each process starts a thread per core and they compete: half the speed on two cores.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // world_size(settings))))
-    context = mp.start_processes(run_spawned, (worker, settings, *args), nprocs=world_size(settings),
-                                 join=False, start_method="spawn")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // size)))
+    context = mp.start_processes(run_spawned, (worker, settings, *args), nprocs=size, join=False, start_method="spawn")
     # The processes stop by themselves when asked to (StopRequest); this one passes the word on and waits.
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda s, _: [os.kill(p.pid, s) for p in context.processes if p.is_alive()])

@@ -14,10 +14,9 @@ import torch
 
 from mrl_files import InputError, describe_error
 from mrl_images import check_same_classes
-from mrl_models import MEAN, STD
 
 
-def reader_of(path):
+def find_reader(path):
     """-> the module that reads a data set: train_loader, val_loader and inspect."""
     if os.path.isdir(path):
         return folder_loader
@@ -37,19 +36,19 @@ def import_ffcv(module, path):
 
 def train_loader(path, batch_size, num_workers, *args, **how):
     """Shuffled random crops, the last incomplete batch dropped. Iterate with `loader.epoch(e)`."""
-    return reader_of(path).train_loader(path, batch_size, workers(num_workers), *args, **how)
+    return find_reader(path).train_loader(path, batch_size, count_workers(num_workers), *args, **how)
 
 
 def val_loader(path, batch_size, num_workers, *args, **how):
     """Centre crops; process `rank` reads images rank, rank + world_size, ...: each image exactly once. ratio: the
     crop's share of the shorter side."""
-    return reader_of(path).val_loader(path, batch_size, workers(num_workers), *args, **how)
+    return find_reader(path).val_loader(path, batch_size, count_workers(num_workers), *args, **how)
 
 
 def check_data(train, val, num_classes):
     """-> number of training images, if both data sets are complete, with labels below num_classes, and made from the
     same classes; InputError otherwise. A note where there are fewer classes than num_classes."""
-    (images, classes), (_, others) = (reader_of(path).inspect(path, num_classes) for path in (train, val))
+    (images, classes), (_, others) = (find_reader(path).inspect(path, num_classes) for path in (train, val))
     if classes and others:
         check_same_classes(train, classes, val, others)
     if classes and len(classes) < num_classes and launch.is_first():
@@ -58,7 +57,7 @@ def check_data(train, val, num_classes):
     return images
 
 
-def workers(asked):
+def count_workers(asked):
     """-> threads (of FFCV) or processes (of DataLoader) for decoding: 0 is one for each core, and there are no more."""
     available = numba.config.NUMBA_NUM_THREADS
     if asked > available and int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -66,7 +65,7 @@ def workers(asked):
     return min(asked, available) if asked > 0 else available
 
 
-def pixel_statistics(device, mean=MEAN, std=STD):
+def pixel_statistics(device, mean, std):
     """-> mean, std [3] of pixels in 0..255, for `normalise`; of those given, of pixels in 0..1."""
     return [torch.tensor([255 * value for value in values], device=device) for values in (mean, std)]
 

@@ -2,6 +2,10 @@
 
 Used by trainer.py and train_imagenet.py.
 """
+import math
+import sys
+
+import launch
 import numpy as np
 import torch
 from torch import nn
@@ -13,7 +17,6 @@ from mrl_models import (
     build_from_spec,
     build_model,
     check_image_size,
-    check_relative_importance,
     classifier,
     default_nesting_list,
     feature_width,
@@ -25,7 +28,7 @@ ADAMW_LR = 0.05      # from here on it is a rate for SGD
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
-def numbers(text, kind, flag):
+def read_numbers(text, kind, flag):
     """'8,16,32' -> [8, 16, 32]; None stays None."""
     try:
         return None if text is None else [kind(word) for word in str(text).strip("[]() ").split(",")]
@@ -41,7 +44,7 @@ def model_spec(settings):
     if nested and m.fixed_feature not in (None, width):
         raise InputError(f"--model.fixed_feature={m.fixed_feature}: a nested model (--model.mrl, --model.efficient) "
                          f"reads all {width} features; leave it out")
-    sizes = numbers(m.nesting_list, int, "model.nesting_list")
+    sizes = read_numbers(m.nesting_list, int, "model.nesting_list")
     if sizes and not nested:
         raise InputError("--model.nesting_list: of a nested model; give --model.mrl=1 or --model.efficient=1 too")
     head = "mrl_e" if m.efficient else "mrl" if m.mrl else f"ff{m.fixed_feature or width}"
@@ -50,7 +53,7 @@ def model_spec(settings):
     with torch.device("meta"):
         spec = build_model(m.arch, head, sizes, m.num_classes, settings.training.use_blurpool).spec
     importance = relative_importance(settings)
-    if importance is not None and len(importance) != len(spec["nesting_list"]):
+    if importance and len(importance) != len(spec["nesting_list"]):
         raise InputError(f"--model.relative_importance: {len(importance)} weights for sizes {spec['nesting_list']}")
     return spec
 
@@ -82,17 +85,21 @@ def check_batch_size(model, settings):
 
 
 def check_training(training, lr):
-    """InputError for an average that never moves. -> a line of warning, or None."""
+    """InputError for an average that never moves; a warning where AdamW is given a rate for SGD."""
     if training.ema == 1:
         raise InputError("--training.ema=1: the average would stay where it began; give less, such as 0.999")
-    if training.optimizer == "adamw" and lr.lr >= ADAMW_LR:
-        return f"warning: --lr.lr={lr.lr} is a rate for SGD; for --training.optimizer=adamw, 0.001 is usual"
-    return None
+    if training.optimizer == "adamw" and lr.lr >= ADAMW_LR and launch.is_first():
+        print(f"warning: --lr.lr={lr.lr} is a rate for SGD; for --training.optimizer=adamw, 0.001 is usual",
+              file=sys.stderr)
 
 
 def relative_importance(settings):
-    weights = numbers(settings.model.relative_importance, float, "model.relative_importance")
-    return None if weights is None else check_relative_importance(weights)
+    """-> the weights of the sizes' losses; None where none are given."""
+    weights = read_numbers(settings.model.relative_importance, float, "model.relative_importance")
+    if weights and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
+        raise InputError(f"--model.relative_importance={settings.model.relative_importance}: must be numbers from 0 "
+                         "up, not all 0")
+    return weights
 
 
 def make_model(settings, spec, device):
@@ -116,13 +123,14 @@ def freeze(model, trainable):
     """Only the named parts learn (Table 26 fine-tunes fc and growing shares of layer4.2)."""
     if trainable is None:
         return
-    parts = [part.strip() for part in trainable.split(",")]
-    names = [name for name, _ in model.named_parameters()]
-    for part in parts:
-        if not any(name == part or name.startswith(part + ".") for name in names):
-            raise InputError(f"--model.trainable: {part} is no part of the model (parts look like {names[-1]})")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = any(name == part or name.startswith(part + ".") for part in parts)
+    model.requires_grad_(False)
+    parameters = dict(model.named_parameters())
+    for part in map(str.strip, trainable.split(",")):
+        learning = [p for name, p in parameters.items() if name == part or name.startswith(part + ".")]
+        if not learning:
+            raise InputError(f"--model.trainable: {part} is no part of the model (parts look like {[*parameters][-1]})")
+        for parameter in learning:
+            parameter.requires_grad = True
 
 
 def train_mode(model):

@@ -65,14 +65,14 @@ def iteration_rates(epoch, iterations, settings, epochs):
     return np.interp(np.arange(iterations), [0, iterations], ends)
 
 
-def group(batch, batches, accumulate):
+def find_step(batch, batches, accumulate):
     """Which optimiser step a batch belongs to -> (step of the epoch, how many batches share it, is it their last?).
 
     `accumulate` batches to a step; where an epoch's batches do not divide by it, the last step has fewer.
     """
-    step = batch // accumulate
-    end = min((step + 1) * accumulate, batches)
-    return step, end - step * accumulate, batch + 1 == end
+    number = batch // accumulate
+    end = min((number + 1) * accumulate, batches)
+    return number, end - number * accumulate, batch + 1 == end
 
 
 def resolution(epoch, min_res, max_res, start_ramp, end_ramp):

@@ -39,12 +39,12 @@ def read_settings(config, description, defaults=None):
     config.collect_config_file = lambda path: config.collect(files[path])      # fastargs' own follows the locale
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     config.augment_argparse(parser)
-    parser.epilog = describe(config)
+    parser.epilog = describe_settings(config)
     config.collect_argparse_args(parser)
-    return checked(config)
+    return as_namespaces(config)
 
 
-def describe(config):
+def describe_settings(config):
     """-> the settings for --help, required sections first. (fastargs' own tables are wider than a terminal, and drawn
     with escape codes that a pager or a file shows as letters.)"""
     lines = ["settings, as flags (--lr.lr=0.5) or in a YAML file (lr: {lr: 0.5}):"]
@@ -64,13 +64,13 @@ def describe_setting(path, param):
 
 
 def given_settings(config, values):
-    """The same from a dictionary of sections: for other programs (benchmarks/)."""
+    """What `read_settings` returns, of a dictionary of sections: for other programs (benchmarks/)."""
     config.content.clear()
     config.collect(values)
-    return checked(config)
+    return as_namespaces(config)
 
 
-def checked(config):
+def as_namespaces(config):
     """-> the namespaces, of values that are all as declared."""
     check_values(config)
     sections = {}

@@ -10,7 +10,6 @@ On ImageNet with two GPUs the paper reports top-1 of 66.63 % at 8 dimensions, 76
 Reads the files of write_imagenet.sh, or the folders that they are made of; leaves a run folder (see checkpoint.py)
 under --logging.folder.
 """
-import sys
 import time
 import uuid
 from contextlib import nullcontext
@@ -33,7 +32,9 @@ from mrl_images import name_dead_workers
 
 SWITCH = And(int, OneOf([0, 1]))
 COUNT = And(int, InRange(min=1))
-EPOCH = And(int, InRange(min=0))
+WHOLE = And(int, InRange(min=0))
+AMOUNT = And(float, InRange(min=0))
+SHARE = And(float, InRange(min=0, max=1))
 CONFIG = Config()
 
 Section("model", "the network", CONFIG).params(
@@ -41,7 +42,7 @@ Section("model", "the network", CONFIG).params(
     pretrained=Param(SWITCH, "the library's weights for the backbone", default=0),
     efficient=Param(SWITCH, "MRL-E: one matrix whose columns all sizes share", default=0),
     mrl=Param(SWITCH, "MRL: one classifier per size", default=0),
-    nesting_start=Param(And(int, InRange(min=0)), "smallest size is 2**this", default=3),
+    nesting_start=Param(WHOLE, "smallest size is 2**this", default=3),
     nesting_list=Param(str, "sizes instead of the powers of two, such as 8,212,416"),
     fixed_feature=Param(COUNT, "neither mrl nor efficient: size of the fixed-feature baseline [default: all features]"),
     relative_importance=Param(str, "weights of the sizes' losses, such as 2,1,1,1,1,1,1,1,1 [default: all 1]"),
@@ -52,8 +53,8 @@ Section("model", "the network", CONFIG).params(
 Section("resolution", "progressive resizing", CONFIG).params(
     min_res=Param(COUNT, "pixels a side up to start_ramp", default=160),
     max_res=Param(COUNT, "pixels a side from end_ramp", default=160),
-    start_ramp=Param(EPOCH, "epoch", default=0),
-    end_ramp=Param(EPOCH, "epoch", default=0),
+    start_ramp=Param(WHOLE, "epoch", default=0),
+    end_ramp=Param(WHOLE, "epoch", default=0),
 )
 Section("data", "folders of class folders, or the .ffcv files that write_imagenet.sh makes of them", CONFIG).params(
     train_dataset=Param(PATH, "folder or .ffcv file", required=True),
@@ -63,11 +64,11 @@ Section("data", "folders of class folders, or the .ffcv files that write_imagene
     in_memory=Param(SWITCH, "the .ffcv file for training fits in memory", default=1),
 )
 Section("lr", "learning rate: 1.7 * global batch / 4096 for ResNet50 and SGD", CONFIG).params(
-    lr=Param(And(float, InRange(min=0)), "peak", default=0.5),
+    lr=Param(AMOUNT, "peak", default=0.5),
     lr_schedule_type=Param(OneOf(["step", "cyclic", "constant", "cosine"]), "shape", default="cyclic"),
-    warmup_epochs=Param(EPOCH, "cosine: epochs of the way up [default: 0]"),
-    lr_peak_epoch=Param(EPOCH, "cyclic: epoch of the peak", default=schedules.PEAK),
-    step_ratio=Param(And(float, InRange(min=0)), "step: factor", default=0.1),
+    warmup_epochs=Param(WHOLE, "cosine: epochs of the way up [default: 0]"),
+    lr_peak_epoch=Param(WHOLE, "cyclic: epoch of the peak", default=schedules.PEAK),
+    step_ratio=Param(AMOUNT, "step: factor", default=0.1),
     step_length=Param(COUNT, "step: epochs between steps", default=30),
 )
 Section("logging", "what is left behind", CONFIG).params(
@@ -88,21 +89,20 @@ Section("training", "training", CONFIG).params(
     path=Param(PATH, "weights for eval_only"),
     batch_size=Param(COUNT, "per process", default=512),
     optimizer=Param(And(str, OneOf(["sgd", "adamw"])), "optimiser", default="sgd"),
-    momentum=Param(And(float, InRange(min=0)), "momentum of sgd", default=0.9),
-    weight_decay=Param(And(float, InRange(min=0)), "weight decay", default=4e-5),
-    bn_wd=Param(And(float, InRange(min=0)), "weight decay of norm parameters; of adamw's biases too", default=0.0),
+    momentum=Param(AMOUNT, "momentum of sgd", default=0.9),
+    weight_decay=Param(AMOUNT, "weight decay", default=4e-5),
+    bn_wd=Param(AMOUNT, "weight decay of norm parameters; of adamw's biases too", default=0.0),
     norms_by_type=Param(SWITCH, "sgd: norm parameters by module type, not by 'bn' in the name (which misses "
                         "downsample.1)", default=0),
     epochs=Param(COUNT, "epochs", default=30),
     accumulate=Param(COUNT, "batches to an optimiser step [default: 1]"),
-    clip_grad_norm=Param(And(float, InRange(min=0)), "largest norm of the gradient [default: any]"),
-    ema=Param(And(float, InRange(min=0, max=1)), "decay of an average of the weights, such as 0.9999; validated beside "
-              "them, saved as final_weights_ema.pt [default: none]"),
-    mixup=Param(And(float, InRange(min=0)), "alpha of mixup, such as 0.2 [default: none]"),
-    cutmix=Param(And(float, InRange(min=0)), "alpha of CutMix, such as 1; with mixup, each batch has one of them "
-                 "[default: none]"),
-    label_smoothing=Param(And(float, InRange(min=0, max=1)), "label smoothing", default=0.1),
-    crop_scale=Param(And(float, InRange(min=0, max=1)), "least share of an image in a random crop", default=SCALE),
+    clip_grad_norm=Param(AMOUNT, "largest norm of the gradient [default: any]"),
+    ema=Param(SHARE, "decay of an average of the weights, such as 0.9999; validated beside them, saved as "
+              "final_weights_ema.pt [default: none]"),
+    mixup=Param(AMOUNT, "alpha of mixup, such as 0.2 [default: none]"),
+    cutmix=Param(AMOUNT, "alpha of CutMix, such as 1; with mixup, each batch has one of them [default: none]"),
+    label_smoothing=Param(SHARE, "label smoothing", default=0.1),
+    crop_scale=Param(SHARE, "least share of an image in a random crop", default=SCALE),
     flip=Param(SWITCH, "mirror images with chance 1/2; 0 where left and right differ, as in text", default=1),
     distributed=Param(SWITCH, "start dist.world_size processes", default=0),
     use_blurpool=Param(SWITCH, "blur before strided convolutions", default=0),
@@ -173,8 +173,7 @@ def check_settings(settings, spec):
     if settings.training.precision == "fp16" and settings.training.device == "cpu":
         raise InputError("--training.precision=fp16: on a CPU use fp32 or bf16")
     schedules.check_schedules(settings)
-    if (warning := check_training(settings.training, settings.lr)) and launch.is_first():
-        print(warning, file=sys.stderr)
+    check_training(settings.training, settings.lr)
     if settings.dist.world_size > 1 and not settings.data.in_memory and Path(settings.data.train_dataset).is_file():
         raise InputError("--data.in_memory=0 with several processes: FFCV would hold nearly the whole file in each; "
                          "give 1: the file is mapped, and what does not fit in memory is read again")

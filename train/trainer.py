@@ -11,14 +11,14 @@ import checkpoint
 import launch
 import schedules
 import torch
-from epoch_log import Stopwatch, append_events, append_log, named, table
+from epoch_log import Stopwatch, append_events, append_log, format_table, named
 from loaders import normalise, pixel_statistics
 from recipe import make_criterion, make_ema, make_mixing, make_model, make_optimizer, train_mode
 from torch import nn
 from tqdm import tqdm
 
 from mrl_files import InputError, describe_error
-from mrl_models import autocast, classify_in_float32, count, preparation, stack_logits
+from mrl_models import autocast, classify_in_float32, compute_logits, count, preparation
 
 SKIPS = 26                           # steps in a row that fp16 may skip: a healthy run skips a few at its beginning
 LEAST_SCALE = 2.0 ** (16 - SKIPS)    # where the loss scale, 2**16 at first, is after so many
@@ -48,7 +48,7 @@ class Trainer:
             classify_in_float32(model)
         _, _, mean, std = preparation(spec)
         self.mean, self.std = pixel_statistics(self.device, mean, std)
-        self.epoch, self.step, self.before, self.began = 0, 0, 0.0, time.time()      # step: batches of the epoch
+        self.epoch, self.done, self.before, self.began = 0, 0, 0.0, time.time()      # done: batches of the epoch
         self.losses = torch.zeros(len(spec["nesting_list"]), device=self.device)
         if settings.training.compile:
             torch._dynamo.config.cache_size_limit = 64      # a graph for each resolution and each size of a batch
@@ -67,7 +67,7 @@ class Trainer:
 
         `share` batches share an optimiser step, taken after the last of them: their gradients' mean.
         """
-        images, labels = self.mix(normalise(images, self.mean, self.std), labels.flatten(), self.epoch, self.step)
+        images, labels = self.mix(normalise(images, self.mean, self.std), labels.flatten(), self.epoch, self.done)
         with nullcontext() if last or self.process.alone else self.parallel.no_sync():
             with self.autocast:
                 losses = self.criterion.per_size(self.parallel(images), labels)
@@ -98,19 +98,19 @@ class Trainer:
         rates = schedules.iteration_rates(self.epoch, steps, s.lr, s.training.epochs).tolist()
         loader.set_resolution(schedules.resolution(self.epoch, **vars(s.resolution)))
         train_mode(self.parallel)
-        batches = loader.epoch(self.epoch, self.step)
-        bar = self.bar(batches, f"epoch {self.epoch + 1}/{s.training.epochs}", total=len(loader), initial=self.step)
+        batches = loader.epoch(self.epoch, self.done)
+        bar = self.bar(batches, f"epoch {self.epoch + 1}/{s.training.epochs}", total=len(loader), initial=self.done)
         for images, labels in bar:
             watch.start()
-            step, share, last = schedules.group(self.step, len(loader), accumulate)
+            step, share, last = schedules.find_step(self.done, len(loader), accumulate)
             self.losses += self.train_step(images, labels, rates[step], share, last)
-            self.step += 1
+            self.done += 1
             watch.stop()
             if s.logging.log_level == 2:
-                bar.set_postfix(loss=f"{self.losses.sum().item() / self.step:.3f}")
-            if last and (signum := stop.asked()) and self.step < len(loader):
+                bar.set_postfix(loss=f"{self.losses.sum().item() / self.done:.3f}")
+            if last and (signum := stop.asked()) and self.done < len(loader):
                 batches.close()
-                self.stopped(signum)
+                self.save_and_stop(signum)
         seconds, waited = watch.summary()
         return len(watch.ends) * loader.batch_size * self.process.world_size / seconds, waited / seconds
 
@@ -119,11 +119,11 @@ class Trainer:
         return tqdm(batches, words, disable=not self.process.first, leave=False,
                     mininterval=0.5 if sys.stderr.isatty() else 30, **more)
 
-    def stopped(self, signum):
+    def save_and_stop(self, signum):
         self.check_weights()
         self.save()
         if self.process.first:
-            print(f"stopped in epoch {self.epoch + 1} after {self.step} steps; go on with "
+            print(f"stopped in epoch {self.epoch + 1} after {self.done} steps; go on with "
                   f"--training.resume={self.folder}", file=sys.stderr)
         launch.wait(self.process)      # wait until all is saved: the first to exit ends the others
         raise launch.StoppedTogether(128 + signum)
@@ -133,7 +133,7 @@ class Trainer:
         while self.epoch < self.settings.training.epochs:
             self.one_epoch(loader, val, stop)
             if (signum := stop.asked()) and self.epoch < self.settings.training.epochs:
-                self.stopped(signum)
+                self.save_and_stop(signum)
         if self.process.first:
             for name, model in reversed(self.models.items()):      # final_weights.pt last: the run is finished
                 checkpoint.save_weights(self.folder, model.state_dict(), name)
@@ -190,13 +190,13 @@ class Trainer:
     def finish_epoch(self, record):
         record = {"timestamp": time.time(), "relative_time": self.elapsed(), **record,
                   "peak_memory_mb": max(launch.gather(self.process, self.peak_memory()))}
-        self.epoch, self.step = self.epoch + 1, 0
+        self.epoch, self.done = self.epoch + 1, 0
         self.losses.zero_()
         if self.process.first:
             append_log(self.folder, record)
             if self.settings.logging.tensorboard:
                 append_events(self.folder, record)
-            print(table(record, self.spec, self.settings.training.epochs), flush=True)
+            print(format_table(record, self.spec, self.settings.training.epochs), flush=True)
         self.save()
 
     def peak_memory(self):
@@ -219,21 +219,16 @@ class Trainer:
         model.eval()
         sums = torch.zeros(3, len(self.spec["nesting_list"]), device=self.device, dtype=torch.float64)
         n = torch.zeros(1, device=self.device, dtype=torch.int64)
+        tta = self.settings.validation.lr_tta
         # no_grad, not inference_mode: FFCV makes its tensors here, and its own thread writes into them
         with torch.no_grad(), self.autocast:
             for images, labels in self.bar(loader, "validation"):
-                sums += count(self.val_logits(model, normalise(images, self.mean, self.std)), labels.flatten())
+                logits = compute_logits(model, normalise(images, self.mean, self.std), tta)
+                sums += count(logits / 2 if tta else logits, labels.flatten())      # the loss of the mean
                 n += len(images)
         top_1, top_5, loss = launch.total(self.process, sums) / launch.total(self.process, n)
         return {**named(self.spec, f"{name}top_1", top_1), **named(self.spec, f"{name}top_5", top_5),
                 **named(self.spec, f"{name}val_loss", loss), "val_images": n.item()}
-
-    def val_logits(self, model, images):
-        """-> [G, N, C]; with lr_tta the mean of those of the images and of their mirror images."""
-        logits = stack_logits(model(images))
-        if self.settings.validation.lr_tta:
-            logits = (logits + stack_logits(model(images.flip(-1)))) / 2
-        return logits
 
     # ---- state
 
@@ -247,7 +242,7 @@ class Trainer:
             checkpoint.save(self.folder, {
                 **{name: part.state_dict() for name, part in self.parts.items()},
                 "rng": rngs, "losses": losses / self.process.world_size,
-                "epoch": self.epoch, "step": self.step, "elapsed": self.elapsed()})
+                "epoch": self.epoch, "step": self.done, "elapsed": self.elapsed()})
 
     def restore(self, state):
         try:
@@ -264,7 +259,7 @@ class Trainer:
         if "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"])
         self.losses.copy_(state["losses"])
-        self.epoch, self.step, self.before = state["epoch"], state["step"], state["elapsed"]
+        self.epoch, self.done, self.before = state["epoch"], state["step"], state["elapsed"]
 
     def elapsed(self):
         return self.before + time.time() - self.began

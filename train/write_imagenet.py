@@ -103,8 +103,7 @@ def write(cfg):
 
 
 def main():
-    cfg = read_settings(CONFIG, __doc__).cfg
-    write(cfg)
+    write(read_settings(CONFIG, __doc__).cfg)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ def run_in_child(output, environment, begin, words):
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(":"))
     for number, path in enumerate(output, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    multiprocessing.set_start_method(None, force=True)      # the default again: not the server that began this process
     start = torch.multiprocessing.start_processes
     torch.multiprocessing.start_processes = lambda *given, **named: start(*given, **{**named, "start_method": "fork"})
     begin(*words)

@@ -5,10 +5,13 @@ Their claims are measured at full size, on a quiet machine; see benchmarks/RESUL
 import json
 import math
 import re
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from forked import Forked
 
 NUMBER = r"[-+.\d]+(?:e[-+]?\d+)?|nan|inf"
 
@@ -28,6 +31,19 @@ def plausible(cells, positive=True):
     for median, low, high in cells:
         assert all(map(math.isfinite, (median, low, high))) and low <= median <= high
         assert low > 0 or not positive
+
+
+@pytest.fixture
+def forks(monkeypatch):
+    """What a benchmark starts as `python script words` is a fork, which need not import PyTorch."""
+    def start(command, cwd=".", **_):
+        return Forked(Path(cwd, command[1]).resolve(), *command[2:])
+
+    def run(command, **given):
+        process = start(command, **given)
+        return subprocess.CompletedProcess(command, process.wait(), *process.communicate())
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(subprocess, "run", run)
 
 
 def test_head(run_here):
@@ -55,7 +71,7 @@ def test_train_step(run_here):
             plausible(cells)
 
 
-def test_train_epoch(run_here):
+def test_train_epoch(run_here, forks):
     pytest.importorskip("ffcv")
     done = run_here("benchmarks", "train_epoch.py --device cpu --arch resnet18 --batch_size 4 --resolution 32 "
                                   "--count 20 --pixels 48 --epochs 2 --workers 1 --rounds 2 --repeat 1 --warmup 1")
@@ -105,8 +121,7 @@ def test_retrieval_speed(run_here):
     assert float(re.search(rf"overlap@10 .*: ({NUMBER})", shown)[1]) > 0.9
 
 
-def test_retrieval_scale(run_here, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", "../retrieval")      # of the processes that it starts
+def test_retrieval_scale(run_here, forks):
     shown = run_here("benchmarks", "retrieval_scale.py --n 3000 --queries 20").stdout
     assert [float(gb) < 1 for gb in re.findall(rf"peak private memory ({NUMBER}) GB", shown)] == [True] * 5
     assert re.search(r"the index's file: .* bytes a vector", shown)
@@ -136,7 +151,7 @@ def run_gpu(run, tmp_path, words, **replaced):
 
 def test_gpu_goes_on_after_a_part_that_fails(run, tmp_path):
     """Its epochs are those of train_epoch.py, which take too long to be run twice."""
-    done, table = run_gpu(run, tmp_path, "--parts embeddings steps search", embeddings="raise RuntimeError('broken')")
+    done, table = run_gpu(run, tmp_path, "--parts embeddings steps", embeddings="raise RuntimeError('broken')")
     assert done.returncode == 1 and "RuntimeError: broken" in done.stderr
     assert table.pop("embeddings").startswith("FAILED: exit status 1")
     steps = {name: row for name, row in table.items() if name.startswith("step, 32 px, compile=0: ")}
@@ -144,7 +159,14 @@ def test_gpu_goes_on_after_a_part_that_fails(run, tmp_path):
                                                        "peak memory of a step, without weights"]
     for row in list(steps.values())[:3]:
         assert re.match(rf"(?:{NUMBER}) \(.*\) images/s \| (?:{NUMBER}) \(.*\) x usual \| 1.4 or more", row)
-    assert "; 1.0000 of the neighbours are the same" in table["exact search, 20 queries in 500 x 64, FAISS"]
+
+
+def test_gpu_compares_neighbours(run_here):
+    shown = run_here("benchmarks", "gpu.py --tiny --device cpu --part search").stdout
+    (row,) = re.findall("^row (.*FAISS.*)$", shown, re.M)
+    name, _, ratio, aim = json.loads(row)
+    assert name == "exact search, 20 queries in 500 x 64, FAISS" and aim == "1.0000 of the neighbours"
+    assert ratio.endswith("; 1.0000 of the neighbours are the same")
 
 
 def test_gpu_ends_in_time(run, tmp_path):

@@ -178,9 +178,11 @@ def fill(model, images, files, device, batch_size, workers, precision, skip_bad_
     """This process's share of the batches that are still to do."""
     X, state = (read_array(path, "r+") for path in (files.rows, files.state))
     todo = np.unique(np.flatnonzero(state == TODO) // batch_size)[rank()::world()].tolist()
+    # Its workers are forked here. Right after a barrier, Python before 3.10.15 and 3.11.10 can hang in a fork (112275).
+    batches = iter(make_loader(images, batch_size, workers, device.type == "cuda", todo))
     barrier()                                          # all have read the state before any writes to it
-    loader = make_loader(images, batch_size, workers, device.type == "cuda", todo)
-    for batch, (x, y) in zip(todo, tqdm(loader, desc=files.X.name, unit="batch", disable=rank() > 0), strict=True):
+    batches = tqdm(batches, desc=files.X.name, total=len(todo), unit="batch", disable=rank() > 0)
+    for batch, (x, y) in zip(todo, batches, strict=True):
         rows = slice(batch * batch_size, batch * batch_size + len(y))
         name_unreadable(images, y, rows.start, skip_bad_images)      # an error unless they may be left out
         with autocast(device, precision):

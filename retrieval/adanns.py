@@ -236,7 +236,7 @@ def to_markdown(table):
 def draw_compute(table, study):
     """Top-1 against MFLOPs of clusters (section 4.1), and against the size that product quantisers read (4.2)."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    left, right = figure.subplots(1, 2)
     colors, best = {"exact": "black", "IVF": "C1", "AdANNS-IVF": "C0", "MG-IVF": "C2"}, choose_best(table)
     for (model, method), rows in table[table.mflops.notna()].groupby(["model", "method"], sort=False):
         left.plot(rows.mflops, 100 * rows.top1, ".", color=colors[method], alpha=0.2)
@@ -251,7 +251,7 @@ def draw_compute(table, study):
         draw_line(right, rows.d_s, rows.top1, model, f"{method}, {m} bytes", f"C{order.index(m)}",
                   marker="o" if method == "OPQ" else "s")
     scale_sizes(right, codes.d_s if len(codes) else table.d_s)
-    right.set(xlabel="representation size that a product quantiser reads")
+    right.set(xlabel="representation size that a product quantiser reads", ylabel="top-1 (%)")
     for axes in (left, right) if len(codes) else (left,):
         axes.legend(loc="lower right", fontsize=7)
     widen(left)

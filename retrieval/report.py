@@ -180,9 +180,10 @@ def draw_memory(table, study):
 
 
 def scale_costs(axes):
-    """Logarithmic, with plain numbers at 1, 2, 5, 10 ..."""
+    """Logarithmic, with plain numbers at 1, 2, 5, 10 ..., or, over a thousandfold and more, at 1, 10 ..."""
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.dataLim.intervalx
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.08)

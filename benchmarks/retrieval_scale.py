@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from measure import machine, seconds, watch
 from retrieval_speed import SHORTLIST, SMALL, D, write_world
-from serving import adaptive_search, read_adaptive_index
+from serving import adaptive_searcher, read_adaptive_index
 
 from mrl_files import file_path
 
@@ -31,10 +31,10 @@ COMMANDS = {
 
 def serve(folder):
     """Runs in a process of its own: all queries, a thousand at a time, from the file that `index` has written."""
-    index = read_adaptive_index(folder / "index_files/mrl" / SERVED)
+    find = adaptive_searcher(read_adaptive_index(folder / "index_files/mrl" / SERVED), 10, 50)
     queries = np.load(folder / f"1K_val_mrl1_e0_ff{D}-X.npy", mmap_mode="r")
     for lo in range(0, len(queries), 1000):
-        adaptive_search(index, queries[lo:lo + 1000], 10, 50)
+        find(queries[lo:lo + 1000])
 
 
 def show(name, command, target):

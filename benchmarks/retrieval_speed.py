@@ -18,7 +18,7 @@ from measure import machine, spread, take_turns
 from metrics import KS, compute_metrics
 from neighbors import searcher, unit
 from rerank import funnel, rerank
-from serving import adaptive_index, adaptive_search
+from serving import adaptive_index, adaptive_searcher
 from stages import ensure_reranked
 from study import Study, Task
 
@@ -182,20 +182,23 @@ def measure_end_to_end(folder, rounds):
 
 
 def measure_adaptive(xb, xq, yb, yq, rounds):
-    exact, flat, graph = searcher(xb, D), adaptive_index(xb, SMALL, index="exactl2"), adaptive_index(xb, SMALL)
+    exact = searcher(xb, D)
+    flat, graph = adaptive_index(xb, SMALL, index="exactl2"), adaptive_index(xb, SMALL)
+    from_flat, from_graph = (adaptive_searcher(index, 10, SHORTLIST) for index in (flat, graph))
     compare("batch: exact 2048 / adaptive HNSW 16 -> 2048", 14, lambda: exact(xq, 10),
-            lambda: adaptive_search(graph, xq, 10, SHORTLIST), rounds)
+            lambda: from_graph(xq), rounds)
     compare("one query: exact 2048 / adaptive HNSW 16 -> 2048", 100,
             lambda: one_at_a_time(lambda x: exact(x, 10), xq, 10),
-            lambda: one_at_a_time(lambda x: adaptive_search(graph, x, 10, SHORTLIST), xq, 500), rounds, (10, 500))
+            lambda: one_at_a_time(from_graph, xq, 500), rounds, (10, 500))
     clusters = adaptive_index(xb, 64, 256, "ivf_sq8", shortlist=50, storage="float16")
+    from_clusters = adaptive_searcher(clusters, 10, 50)
     compare("batch: exact 2048 / adaptive ivf_sq8 64 -> 256 fp16", 60, lambda: exact(xq, 10),
-            lambda: adaptive_search(clusters, xq, 10, 50), rounds)
+            lambda: from_clusters(xq), rounds)
     compare("one query: exact 2048 / the same", 400, lambda: one_at_a_time(lambda x: exact(x, 10), xq, 10),
-            lambda: one_at_a_time(lambda x: adaptive_search(clusters, x, 10, 50), xq, 500), rounds, (10, 500))
-    lists = {"16": searcher(xb, SMALL)(xq, 10)[1], "adaptive ivf_sq8": adaptive_search(clusters, xq, 10, 50)[1],
-             "adaptive flat": adaptive_search(flat, xq, 10)[1],
-             "adaptive HNSW": adaptive_search(graph, xq, 10)[1], "exact 2048": exact(xq, 10)[1]}
+            lambda: one_at_a_time(from_clusters, xq, 500), rounds, (10, 500))
+    lists = {"16": searcher(xb, SMALL)(xq, 10)[1], "adaptive ivf_sq8": from_clusters(xq)[1],
+             "adaptive flat": from_flat(xq)[1],
+             "adaptive HNSW": from_graph(xq)[1], "exact 2048": exact(xq, 10)[1]}
     panorama = faiss.IndexFlatL2Panorama(D, 16)
     panorama.add(unit(xb, D))
     q = unit(xq, D)

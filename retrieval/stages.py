@@ -92,7 +92,8 @@ def ensure_served(study, retrieval_dim, rerank_dim, shortlist, storage):
 
     def prepare():
         _, index = ensure_serving_index(study, retrieval_dim, rerank_dim, shortlist, storage)
-        return lambda lo, hi: serving.adaptive_search(index, data.xq[lo:hi], shortlist, shortlist)[1]
+        find = serving.adaptive_searcher(index, shortlist, shortlist)
+        return lambda lo, hi: find(data.xq[lo:hi])[1]
 
     recipe = Recipe(study.task.index, retrieval_dim, shortlist, (rerank_dim,), (shortlist,), storage)
     return ensure_list(study.task, data, recipe, prepare, SEARCH_QUERIES)

@@ -190,9 +190,9 @@ def measure_adaptive(xb, xq, yb, yq, rounds):
     compare("one query: exact 2048 / adaptive HNSW 16 -> 2048", 100,
             lambda: one_at_a_time(lambda x: exact(x, 10), xq, 10),
             lambda: one_at_a_time(from_graph, xq, 500), rounds, (10, 500))
-    clusters = adaptive_index(xb, 64, 256, "ivf_sq8", shortlist=50, storage="float16")
+    clusters = adaptive_index(xb, 32, 256, "ivf_sq8", shortlist=50, storage="float16")
     from_clusters = adaptive_searcher(clusters, 10, 50)
-    compare("batch: exact 2048 / adaptive ivf_sq8 64 -> 256 fp16", 60, lambda: exact(xq, 10),
+    compare("batch: exact 2048 / adaptive ivf_sq8 32 -> 256 fp16", 60, lambda: exact(xq, 10),
             lambda: from_clusters(xq), rounds)
     compare("one query: exact 2048 / the same", 400, lambda: one_at_a_time(lambda x: exact(x, 10), xq, 10),
             lambda: one_at_a_time(from_clusters, xq, 500), rounds, (10, 500))

@@ -114,8 +114,9 @@ def alone(rehearsal):
 
 @pytest.fixture(scope="module")
 def spawned(rehearsal):
-    """Two processes stopped by SIGTERM after their first epoch -> exit status, standard error."""
-    _, words = rehearsal.train("two", *HEADS["mrl_e"], *kill_and_resume.RECIPE, "--training.distributed=1",
+    """Two processes stopped by SIGTERM after their first epoch -> exit status, standard error. They read folders."""
+    data = [f"--data.{split}_dataset={rehearsal.folder}/sets/val" for split in ("train", "val")]
+    _, words = rehearsal.train("two", *HEADS["mrl_e"], *kill_and_resume.RECIPE, *data, "--training.distributed=1",
                                "--dist.world_size=2", "--training.batch_size=4", f"--dist.port={free_port()}",
                                "--training.epochs=3")
     process = rehearsal.start("spawned", ROOT / "train/train_imagenet.py", *words)
@@ -127,8 +128,10 @@ def spawned(rehearsal):
 
 @pytest.fixture(scope="module")
 def torchruns(rehearsal, alone, spawned):
-    """torchrun's two processes go on with that run, then share an embedding dump, and a search."""
-    rehearsal.in_turn({"resumed": ("train_imagenet.main", [f"--training.resume={rehearsal.runs}/two"]),
+    """torchrun's two processes go on with that run, on .ffcv files, then share an embedding dump, and a search."""
+    resumed = [f"--training.resume={rehearsal.runs}/two",
+               *(f"--data.{split}_dataset={rehearsal.ffcv}" for split in ("train", "val"))]
+    rehearsal.in_turn({"resumed": ("train_imagenet.main", resumed),
                        "shared": rehearsal.infer("--retrieval", "--retrieval_array_path", rehearsal.folder / "shared"),
                        "searched together": rehearsal.search("lists_together", "auto")},
                       "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}")
@@ -220,7 +223,7 @@ def test_search_on_a_device(rehearsal, torchruns):
 # ---- which GPU
 
 @pytest.mark.parametrize("run, gpus, thread", [
-    ("mrl", {0: 0}, "EpochIterator"), ("spawned", {0: 0, 1: 1}, "EpochIterator"),
+    ("mrl", {0: 0}, "EpochIterator"), ("spawned", {0: 0, 1: 1}, "Thread"),
     ("resumed", {0: 0, 1: 1}, "EpochIterator"), ("folder", {0: 0}, "Thread"), ("shared", {0: 0, 1: 1}, "Thread"),
     ("classified", {0: 1}, "Thread"), ("embedded", {0: 1}, "Thread")])
 def test_each_process_uses_its_own_gpu(rehearsal, alone, spawned, torchruns, run, gpus, thread):

@@ -20,6 +20,7 @@ from image_set import ImageSet, Preparation
 from image_trees import make_run, make_tree
 from PIL import Image
 from pytorch_inference import parse_arguments
+from torch.utils.data import dataloader
 
 from mrl_files import InputError
 from mrl_models import build_model, load_model
@@ -350,6 +351,8 @@ def test_a_crop_that_the_network_does_not_take(command, monkeypatch, arch, crop)
 def test_a_worker_that_the_system_ends_is_one_line(command, trained, tmp_path, monkeypatch):
     """As the kernel does where memory is short."""
     monkeypatch.setattr(image_set, "read_rgb", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    # how often DataLoader looks after its workers; its default is 5 s
+    monkeypatch.setattr(dataloader._MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
     path = trained("ff8")
     said = r"was ended, most often because memory ran out \(.*fewer --workers \(or 0\), or a"
     for words in ([], ["--retrieval", "--retrieval_array_path", tmp_path / "arrays"]):

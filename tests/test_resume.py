@@ -62,15 +62,15 @@ def log(folder):
             for line in (folder / "log").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("data, flags, steps", [
-    ("images", (), 2), ("ffcv", (), 2), ("images", kill_and_resume.RECIPE, 1)], ids=["images", "ffcv", "recipe"])
-def test_a_stopped_run_goes_on_to_the_same_weights(data, flags, steps, train, request, monkeypatch, capsys):
-    """Stopped in its first epoch and after it; of three batches each, the recipe's first two to one step."""
+@pytest.mark.parametrize("data, flags, steps, stops", [
+    ("images", (), 2, 2), ("ffcv", (), 2, 1), ("images", kill_and_resume.RECIPE, 1, 2)], ids=["images", "ffcv", "recipe"])
+def test_a_stopped_run_goes_on_to_the_same_weights(data, flags, steps, stops, train, request, monkeypatch, capsys):
+    """Stopped in its first epoch, and after it; of three batches each, the recipe's first two to one step."""
     path = request.getfixturevalue(data)
     flags = [f"--data.train_dataset={path}", f"--data.val_dataset={path}", *flags]
     whole = train("whole", *flags)
     folder, resumed = whole.parent / "stopped", ["train_imagenet.py", f"--training.resume={whole.parent}/stopped"]
-    for start in (lambda: train("stopped", *flags), train_imagenet.main):
+    for start in (lambda: train("stopped", *flags), train_imagenet.main)[:stops]:
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
             stop_after(patch, steps)
             start()
@@ -155,13 +155,16 @@ def torchrun(images, logs, nodes, epochs):
     words = command(images, logs, "", "--training.epochs=4", "--training.batch_size=6")[2:]
     words.remove("--logging.name=")
     settings = {"min_nodes": nodes, "max_nodes": nodes, "nproc_per_node": 2 // nodes, "max_restarts": 1,
-                "rdzv_backend": "c10d", "rdzv_endpoint": f"localhost:{free_port()}", "run_id": "run"}
+                "rdzv_backend": "c10d", "rdzv_endpoint": f"localhost:{free_port()}", "run_id": "run",
+                "monitor_interval": 0.1}
     agents = [Forked(run_torchrun, settings, "train/train_imagenet.py", *words, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
               for _ in range(nodes)]
     wait_for_checkpoint(logs / "run", *agents)
     while len(log(logs / "run")) < epochs:
         time.sleep(0.02)
-    os.kill(sorted(children(agents[-1].pid))[-1], signal.SIGKILL)
+    killed = sorted(children(agents[-1].pid))[-1]
+    for pid in (*children(killed), killed):      # its DataLoader's would keep its connections open for 5 s
+        os.kill(pid, signal.SIGKILL)
     output = "".join(part for agent in agents for part in agent.communicate())
     assert not any(agent.returncode for agent in agents), output[-9000:]
     assert output.count("run folder:") == 2
@@ -178,6 +181,6 @@ def test_torchrun_restarts_a_killed_process(images, tmp_path_factory):
 
 
 def children(pid):
-    """The training processes that torchrun started."""
+    """The processes that one has started."""
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for task in tasks for child in task.read_text().split()]

@@ -53,8 +53,7 @@ def trainer(make_trainer):
 
 
 @pytest.mark.parametrize("arch, pixels, width", [
-    ("resnet18", 32, 512), ("convnext_tiny", 32, 768), ("efficientnet_b0", 32, 1280), ("vit_b_32", 224, 768),
-    ("timm/test_vit", 48, 64)])
+    ("resnet18", 32, 512), ("convnext_tiny", 32, 768), ("efficientnet_b0", 32, 1280), ("timm/test_vit", 48, 64)])
 def test_any_classifier_learns(make_trainer, tmp_path, arch, pixels, width):
     """Steps on one batch bring its loss down; what is saved gives the trained model's numbers again."""
     trainer = make_trainer(f"--model.arch={arch}", "--training.label_smoothing=0")
@@ -143,11 +142,11 @@ def test_a_run_that_diverged_in_fp16_ends_too(make_trainer, monkeypatch):
     scale does."""
     use_fp16(monkeypatch)
     images, labels = batch()
-    for arch, said in (("resnet18", "running statistics are NaN"), ("convnext_tiny", "the gradients of the last 26")):
+    for arch, said in (("resnet18", "running statistics are NaN"), ("timm/test_vit", "the gradients of the last 26")):
         trainer = make_trainer(f"--model.arch={arch}", "--model.mrl=1")
         trainer.train_step(images, labels, 0.01)
         trainer.check_weights()
-        (trainer.model.conv1 if arch == "resnet18" else trainer.model.features[0][0]).weight.data *= 1e6
+        (trainer.model.conv1 if arch == "resnet18" else trainer.model.patch_embed.proj).weight.data *= 1e6
         trainer.scaler.update(2.0 ** -9)      # as after 25 skipped steps
         for _ in range(2):
             trainer.train_step(images, labels, 0.01)

@@ -63,7 +63,8 @@ def log(folder):
 
 
 @pytest.mark.parametrize("data, flags, steps, stops", [
-    ("images", (), 2, 2), ("ffcv", (), 2, 1), ("images", kill_and_resume.RECIPE, 1, 2)], ids=["images", "ffcv", "recipe"])
+    ("images", (), 2, 2), ("ffcv", (), 2, 1), ("images", kill_and_resume.RECIPE, 1, 2)],
+    ids=["images", "ffcv", "recipe"])
 def test_a_stopped_run_goes_on_to_the_same_weights(data, flags, steps, stops, train, request, monkeypatch, capsys):
     """Stopped in its first epoch, and after it; of three batches each, the recipe's first two to one step."""
     path = request.getfixturevalue(data)

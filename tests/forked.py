@@ -6,10 +6,12 @@
 
 What they start by spawning is forked too. Processes that begin with Python: test_gpu_rehearsal.py, test_launch.py.
 """
+import atexit
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -41,10 +43,10 @@ class Forked:
             patch.setenv("PYTHONWARNINGS", WARNINGS)
             multiprocessing.forkserver.ensure_running()
         environment = {**os.environ, "PYTHONWARNINGS": WARNINGS, **environment}
-        self.process = FORKSERVER.Process(target=run_in_child, args=(
-            self.output, environment, begin, words))
+        self.process = FORKSERVER.Process(target=run_in_child, args=(self.output, environment, begin, words))
         self.process.start()
         self.pid = self.process.pid
+        atexit.register(self.send_signal, signal.SIGKILL)      # one that a failed test has left: Python waits for its end
 
     @property
     def returncode(self):

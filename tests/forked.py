@@ -46,7 +46,7 @@ class Forked:
         self.process = FORKSERVER.Process(target=run_in_child, args=(self.output, environment, begin, words))
         self.process.start()
         self.pid = self.process.pid
-        atexit.register(self.send_signal, signal.SIGKILL)      # one that a failed test has left: Python waits for its end
+        atexit.register(self.send_signal, signal.SIGKILL)      # what a failed test left: Python waits for it
 
     @property
     def returncode(self):

@@ -295,6 +295,16 @@ def find_device(name, flag="--device"):
     return torch.device(name)
 
 
+def rank():
+    """Which of torchrun's processes this is; 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many they are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def leave_group(together=True):
     """Leave the process group, if there is one. together: its end waits for the other processes, so not after an error,
     when they may wait for this one.

@@ -16,12 +16,23 @@ import eval_sets
 import numpy as np
 import torch
 from image_set import ImageSet, Preparation, make_loader, name_unreadable, show_skipped
-from processes import barrier, rank, run_by_first, run_together, world
+from processes import barrier, run_by_first, run_together
 from saved_files import arrays_stem, check_distinct, check_free, describe_origin
 from tqdm import tqdm
 from which_model import check_checkpoints, is_fixed_feature
 
-from mrl_files import InputError, allocate, json_contains, locked, read_array, read_json, replacing, write_json
+from mrl_files import (
+    InputError,
+    allocate,
+    json_contains,
+    locked,
+    rank,
+    read_array,
+    read_json,
+    replacing,
+    world,
+    write_json,
+)
 from mrl_images import check_same_classes, printable, shorten
 from mrl_models import autocast, classifier, load_model, model_name, preparation
 

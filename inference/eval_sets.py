@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from image_set import ImageSet
-from processes import rank
 
-from mrl_files import InputError, file_path
+from mrl_files import InputError, file_path, rank
 from mrl_images import class_folders, label_order, shorten
 
 HERE = Path(__file__).resolve().parent

@@ -6,7 +6,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from mrl_files import InputError, find_device
+from mrl_files import InputError, find_device, rank, world
 
 
 def start_device(args):
@@ -46,14 +46,6 @@ def run_together(work, *args):
     if any(stopped):
         raise error if stopped.index(True) == rank() else SystemExit(1)
     return result
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier():

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from study import Study
 from tqdm import tqdm
 
-from mrl_files import InputError
+from mrl_files import InputError, rank, world
 
 MERGED = 2 ** 28      # bytes of all processes' lists that are in the first one's memory at a time
 
@@ -34,14 +34,6 @@ def join():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group("gloo", timeout=timedelta(days=7))      # as long as the first may do other things
     return rank() == 0
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextmanager

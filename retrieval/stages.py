@@ -23,7 +23,7 @@ from neighbor_lists import Recipe, list_file, list_files, parse_list_file, read_
 from records import has_record, record_file
 from rerank import check_funnel, funnel
 
-from mrl_files import InputError, locked, read_json
+from mrl_files import InputError, locked, read_json, world
 
 SEARCH_QUERIES = 8192             # a chunk of a search: what an interruption can lose
 RERANK_CANDIDATES = 2 ** 24       # a chunk of a re-ranking: each chunk goes through the database file once
@@ -51,7 +51,7 @@ def ensure_neighbors(study, retrieval_dim, k=None):
 def count_queries(task, data, retrieval_dim, k):
     """-> the queries of a chunk: as many as half of memory_gb holds, with their lists, where each chunk reads the whole
     database again."""
-    part = -(-len(data.xb) // shards.world())
+    part = -(-len(data.xb) // world())
     streamed = INDEXES[task.index].exact and part > neighbors.rows_in_memory(retrieval_dim, task.memory_gb)
     held = int(task.memory_gb / 2 * 1e9) // (4 * retrieval_dim + 32 * k)      # the lists so far and a block's, merged
     return max(SEARCH_QUERIES, held) if streamed else SEARCH_QUERIES
@@ -159,14 +159,14 @@ def ensure_list(task, data, recipe, prepare, chunk, source=None):
         if not is_current(file, record):          # another process may have made it
             find = prepare()
             times = time_one_query(lambda i: find(i, i + 1), len(data.xq)) | {"before": read_times(source)}
-            write_list(file, record, (len(data.xq), recipe.length), find, chunk, processes=shards.world(), **times)
+            write_list(file, record, (len(data.xq), recipe.length), find, chunk, processes=world(), **times)
     return file
 
 
 def describe_search(task):
     """-> what a list's record says of its index. Parts that are searched one by one give lists of their own, unless all
     vectors are compared; None, as where nothing is said: one."""
-    parts = shards.world() if shards.world() > 1 and not INDEXES[task.index].exact else None
+    parts = world() if world() > 1 and not INDEXES[task.index].exact else None
     return task.probing | {"parts": parts}
 
 

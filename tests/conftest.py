@@ -17,7 +17,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from forked import WARNINGS, Forked
+from forked import WARNINGS, Forked, end_all
 from nbclient import NotebookClient
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
@@ -70,6 +70,12 @@ def temporary_files(tmp_path_factory):
         patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
         patch.setattr(tempfile, "tempdir", None)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processes():
+    yield
+    end_all()
 
 
 @pytest.fixture(scope="session")

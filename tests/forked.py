@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,15 @@ def run_torchrun(settings, script, *words):
     elastic_launch(LaunchConfig(**settings, start_method="fork"), run_script)(script, *words)
 
 
+def end_all():
+    """End what failed tests left running: at its own end Python would wait for it, for a training of 500 epochs too."""
+    for process in multiprocessing.active_children():
+        if isinstance(process, FORKSERVER.Process):
+            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 def run_in_child(output, environment, begin, words):
     os.setsid()
     os.environ.clear()
@@ -92,6 +102,7 @@ def run_in_child(output, environment, begin, words):
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(":"))
     for number, path in enumerate(output, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    torch.seed()      # as in a new Python: forks would draw alike, and hide that a command forgot its seed
     multiprocessing.set_start_method(None, force=True)      # the default again: not the server that began this process
     start = torch.multiprocessing.start_processes
     torch.multiprocessing.start_processes = lambda *given, **named: start(*given, **{**named, "start_method": "fork"})

@@ -79,7 +79,7 @@ def test_flags_choose_the_head(model, head, sizes):
     ({"mrl": 1, "nesting_list": "16,8"}, "increasing"),
     ({"mrl": 1, "relative_importance": "2,1"}, "2 weights for sizes"),
     *(({"mrl": 1, "relative_importance": weights}, f"relative_importance={weights}: must be numbers from 0 up,")
-      for weights in ("-1,1", "0,0", "nan,1", "1,inf")),
+      for weights in ("-1,1", "0,0", "nan,1", "1,inf", "1,1e39", "1e-50,0")),
     ({"mrl": 1, "nesting_start": 12}, "nesting_start")])
 def test_flags_that_contradict(model, said):
     with pytest.raises(InputError, match=said):

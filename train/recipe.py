@@ -96,7 +96,8 @@ def check_training(training, lr):
 def relative_importance(settings):
     """-> the weights of the sizes' losses; None where none are given."""
     weights = read_numbers(settings.model.relative_importance, float, "model.relative_importance")
-    if weights and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
+    as_used = torch.tensor(weights or [1.0]).tolist()      # in float32, as by the loss: 1e39 is infinite, 1e-50 is 0
+    if not (all(0 <= weight < math.inf for weight in as_used) and any(as_used)):
         raise InputError(f"--model.relative_importance={settings.model.relative_importance}: must be numbers from 0 "
                          "up, not all 0")
     return weights

@@ -321,6 +321,7 @@ def leave_group(together=True):
 def command_line(main):
     """Run a script's main. Bad input ends with one line and exit status 1, Ctrl-C with 130, SIGTERM with 143."""
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # so that temporary files are removed
+    sys.unraisablehook = stop_again
     sys.stdout.reconfigure(errors="backslashreplace")      # as stderr does: names of files that it cannot show
     complaint = run_until_stopped(main)      # printed here, when the exception is gone and progress bars have ended
     if complaint == "interrupted":
@@ -328,6 +329,19 @@ def command_line(main):
         sys.exit(128 + signal.SIGINT)
     if complaint is not None:
         sys.exit("error: " + " ".join(complaint.split()))
+
+
+def stop_again(ignored):
+    """What a signal raises while a process is forked, Python may ignore, as any exception in a fork's callbacks: it is
+    raised again 10 ms later."""
+    if not isinstance(ignored.exc_value, SystemExit | KeyboardInterrupt):
+        return sys.__unraisablehook__(ignored)
+    stop = ignored.exc_value.with_traceback(None)
+
+    def stop_now(*_):
+        raise stop
+    signal.signal(signal.SIGALRM, stop_now)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
 def run_until_stopped(main):

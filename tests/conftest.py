@@ -123,6 +123,7 @@ def start_here(script, *words):
         patch.chdir(path.parent)
         patch.setattr(sys, "argv", [path.name, *words])
         patch.setattr(sys, "path", [str(path.parent), *sys.path])
+        patch.setattr(sys, "unraisablehook", sys.unraisablehook)      # as it was, at the end
         try:
             runpy.run_path(str(path), run_name="__main__")
         except SystemExit as end:

@@ -6,7 +6,6 @@
 
 What they start by spawning is forked too. Processes that begin with Python: test_gpu_rehearsal.py, test_launch.py.
 """
-import atexit
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -47,7 +46,6 @@ class Forked:
         self.process = FORKSERVER.Process(target=run_in_child, args=(self.output, environment, begin, words))
         self.process.start()
         self.pid = self.process.pid
-        atexit.register(self.send_signal, signal.SIGKILL)      # what a failed test left: Python waits for it
 
     @property
     def returncode(self):

@@ -5,12 +5,14 @@ import fcntl
 import json
 import os
 import re
+import signal
 import threading
 import time
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from forked import Forked
 
 import mrl_files
 from mrl_files import (
@@ -239,3 +241,21 @@ def test_labels_of_any_kind_are_exact_or_refused():
     for wrong in (0.5, -1, np.nan, np.inf, "cat"):
         with pytest.raises(InputError, match="whole numbers"):
             check_labels(np.array([0, wrong] if wrong != "cat" else ["cat"]), "y.npy")
+
+
+def fork_and_go_on(signum):
+    def main():
+        os.register_at_fork(after_in_parent=lambda: signal.raise_signal(signum))
+        if os.fork() == 0:
+            os._exit(0)
+        time.sleep(5)
+        print("went on")
+    mrl_files.command_line(main)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_a_process_is_forked_is_not_lost(signum):
+    """Python ignores what is raised in a callback of the fork; a dump ran to its end."""
+    process = Forked(fork_and_go_on, signum)
+    assert process.communicate() == ("", "interrupted\n" if signum == signal.SIGINT else "")
+    assert process.returncode == 128 + signum

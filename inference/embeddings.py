@@ -189,11 +189,10 @@ def fill(model, images, files, device, batch_size, workers, precision, skip_bad_
     """This process's share of the batches that are still to do."""
     X, state = (read_array(path, "r+") for path in (files.rows, files.state))
     todo = np.unique(np.flatnonzero(state == TODO) // batch_size)[rank()::world()].tolist()
-    # Its workers are forked here. Right after a barrier, Python before 3.10.15 and 3.11.10 can hang in a fork (112275).
-    batches = iter(make_loader(images, batch_size, workers, device.type == "cuda", todo))
-    barrier()                                          # all have read the state before any writes to it
-    batches = tqdm(batches, desc=files.X.name, total=len(todo), unit="batch", disable=rank() > 0)
-    for batch, (x, y) in zip(todo, batches, strict=True):
+    loader = make_loader(images, batch_size, workers, device.type == "cuda", todo)
+    bar = {"desc": files.X.name, "total": len(todo), "unit": "batch", "disable": rank() > 0}
+    # all have read the state before any writes to it
+    for batch, (x, y) in zip(todo, tqdm(begin_together(loader), **bar), strict=True):
         rows = slice(batch * batch_size, batch * batch_size + len(y))
         name_unreadable(images, y, rows.start, skip_bad_images)      # an error unless they may be left out
         with autocast(device, precision):
@@ -202,6 +201,14 @@ def fill(model, images, files, device, batch_size, workers, precision, skip_bad_
         if not np.isfinite(X[rows]).all():
             raise InputError(f"{files.X}: embeddings are NaN or infinite; try --precision fp32 and --storage fp32")
         state[rows] = np.where(y.numpy() >= 0, DONE, UNREADABLE)      # after the row is written
+
+
+def begin_together(loader):
+    """-> an iterator whose workers are forked before a barrier: right after one, Python before 3.10.15 and 3.11.10 can
+    hang in a fork (CPython 112275). No variable may hold it: after an error it would keep its workers."""
+    batches = iter(loader)
+    barrier()
+    return batches
 
 
 def finish(files, about, images):

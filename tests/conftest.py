@@ -73,7 +73,7 @@ def temporary_files(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def processes():
+def no_process_is_left():
     yield
     end_all()
 

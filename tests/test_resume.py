@@ -127,7 +127,7 @@ def test_a_killed_run_ends_alike(train, images, tmp_path, monkeypatch):
 
 def test_ctrl_c_finishes_the_step_and_saves(images, tmp_path):
     process = start(command(images, tmp_path, "run", "--training.epochs=500"))
-    wait_for_checkpoint(tmp_path / "run", process)
+    wait_for_epochs(1, tmp_path / "run", process)
     process.send_signal(signal.SIGINT)
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGINT and "Traceback" not in stderr
@@ -138,15 +138,16 @@ def test_two_processes_asked_to_stop_save_first(images, tmp_path):
     """Ctrl-C, which each process hears twice: from the terminal and from the first. (`kill`: test_gpu_rehearsal.py.)"""
     process = start(command(images, tmp_path, "run", "--training.epochs=500", "--training.batch_size=6",
                             "--training.distributed=1", "--dist.world_size=2", f"--dist.port={free_port()}"))
-    wait_for_checkpoint(tmp_path / "run", process)
+    wait_for_epochs(1, tmp_path / "run", process)
     os.killpg(process.pid, signal.SIGINT)
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGINT and "Traceback" not in stderr, stderr
     assert stderr.count("go on with --training.resume=") == 1
 
 
-def wait_for_checkpoint(folder, *processes):
-    while not (folder / "checkpoint.pt").exists():
+def wait_for_epochs(epochs, folder, *processes):
+    """For the checkpoint after so many; all processes have to be running until then."""
+    while not (folder / "checkpoint.pt").exists() or len(log(folder)) < epochs:
         assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
         time.sleep(0.02)
 
@@ -160,9 +161,7 @@ def torchrun(images, logs, nodes, epochs):
                 "monitor_interval": 0.1}
     agents = [Forked(run_torchrun, settings, "train/train_imagenet.py", *words, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
               for _ in range(nodes)]
-    wait_for_checkpoint(logs / "run", *agents)
-    while len(log(logs / "run")) < epochs:
-        time.sleep(0.02)
+    wait_for_epochs(epochs, logs / "run", *agents)
     killed = sorted(children(agents[-1].pid))[-1]
     for pid in (*children(killed), killed):      # its DataLoader's would keep its connections open for 5 s
         os.kill(pid, signal.SIGKILL)

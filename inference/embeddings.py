@@ -190,9 +190,9 @@ def fill(model, images, files, device, batch_size, workers, precision, skip_bad_
     X, state = (read_array(path, "r+") for path in (files.rows, files.state))
     todo = np.unique(np.flatnonzero(state == TODO) // batch_size)[rank()::world()].tolist()
     loader = make_loader(images, batch_size, workers, device.type == "cuda", todo)
-    bar = {"desc": files.X.name, "total": len(todo), "unit": "batch", "disable": rank() > 0}
-    # all have read the state before any writes to it
-    for batch, (x, y) in zip(todo, tqdm(begin_together(loader), **bar), strict=True):
+    # together: all have read the state before any writes to it
+    for batch, (x, y) in zip(todo, tqdm(begin_together(loader), desc=files.X.name, total=len(todo), unit="batch",
+                                        disable=rank() > 0), strict=True):
         rows = slice(batch * batch_size, batch * batch_size + len(y))
         name_unreadable(images, y, rows.start, skip_bad_images)      # an error unless they may be left out
         with autocast(device, precision):

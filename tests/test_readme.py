@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from epoch_log import append_log
 from image_set import Preparation
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
@@ -82,6 +83,23 @@ def test_losses_of_embeddings():
     for size in (8, 64):
         closest = (truncate(pictures, size) @ truncate(layer(texts), size).T).argmax(1)
         assert (closest == torch.arange(40)).float().mean() > 0.8
+
+
+def test_a_picture_of_a_run(tmp_path, monkeypatch):
+    """Its lines are the sizes, its points the epochs that were validated."""
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "trainlogs/<uuid>"
+    run.mkdir(parents=True)
+    for epoch in range(3):
+        validated = {"top_1_8": 0.1 * epoch, "top_1_16": 0.2 * epoch, "top_5_8": 1.0} if epoch != 1 else {}
+        append_log(run, {"epoch": epoch, "train_loss": 1.0, **validated})
+    world = {}
+    exec(python_blocks("train/README.md", "Train")[0], world)
+    lines = {line.get_label(): line for line in world["axes"].lines}
+    assert list(lines) == ["top_1_8", "top_1_16"]
+    assert np.ma.filled(lines["top_1_16"].get_ydata(), -1) == pytest.approx([0, -1, 40])
+    with Image.open("accuracy.png") as picture:
+        assert picture.size == (640, 480)
 
 
 def test_released_weights_load_as_the_documents_say(tmp_path, monkeypatch):

@@ -130,9 +130,9 @@ def build_from_spec(spec, pretrained=False):
 def preparation(spec, resize=None, crop=224):
     """-> resize, crop, mean, std: pixels of an image's shorter side and of its central crop; of pixels in 0 ... 1.
 
-    resize: None is what makes the crop the share that timm gives the network; for others 256, the paper's.
+    resize: None is what makes the crop the share that timm gives the network; for others the paper's, 224 of 256.
     """
-    resize = resize or (int(crop / spec["crop_pct"]) if "crop_pct" in spec else 256)
+    resize = resize or (int(crop / spec["crop_pct"]) if "crop_pct" in spec else round(crop * 256 / 224))
     if resize < crop:
         raise InputError(f"--resize {resize} is smaller than --crop {crop}")
     return resize, crop, tuple(spec.get("mean", MEAN)), tuple(spec.get("std", STD))
@@ -171,6 +171,11 @@ def head_sizes(head, nesting_list, width):
     if sizes[-1] > width:
         raise InputError(f"size {sizes[-1]} is more than the {width} features of the architecture")
     return sizes
+
+
+def similar_sizes(pixels, others):
+    """Are two sizes of images so near that a network trained for one does well at the other, as at 160, 224 and 256?"""
+    return max(pixels, others) <= 1.5 * min(pixels, others)
 
 
 def check_image_size(model, pixels, flag):

@@ -2,6 +2,8 @@
 
 A run is the dictionary that classification.py writes as JSON: nesting_list, and top1, top5, loss per size.
 """
+import os
+
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -12,15 +14,20 @@ KINDS = {"mrl": "MRL", "mrl_e": "MRL-E"}                # all fixed-feature mode
 
 def tabulate(runs):
     """-> a data frame with one row per (model, size): model, size, top1, top5, loss, path, checkpoint."""
-    rows, taken = [], set()
-    for run in runs:
-        model = KINDS.get(run["spec"]["head"], "FF")
-        if taken & {(model, size) for size in run["nesting_list"]}:      # two of a kind: tell them by their path
-            model += f" {run['path']}"
-        taken |= {(model, size) for size in run["nesting_list"]}
-        rows += [{"model": model, "size": size, **{key: run[key][g] for key in ("top1", "top5", "loss")},
-                  "path": run["path"], "checkpoint": run["checkpoint"]} for g, size in enumerate(run["nesting_list"])]
-    return pd.DataFrame(rows)
+    rows = [{"model": KINDS.get(run["spec"]["head"], "FF"), "size": size,
+             **{key: run[key][g] for key in ("top1", "top5", "loss")},
+             "path": run["path"], "checkpoint": run["checkpoint"]}
+            for run in runs for g, size in enumerate(run["nesting_list"])]
+    table = pd.DataFrame(rows)
+    several = table.model.isin(table.model[table.duplicated(["model", "size"])])      # of a kind: told by their path
+    table.loc[several, "model"] += " " + table.path.map(shorten_paths(table.path.unique()))
+    return table
+
+
+def shorten_paths(paths):
+    """-> {path: what tells it from the others}: without the folders that all share, and without final_weights.pt."""
+    top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    return {path: os.path.relpath(path, top).removesuffix("/final_weights.pt") for path in paths}
 
 
 def show(runs):

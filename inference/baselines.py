@@ -5,7 +5,7 @@
     python baselines.py svd --model mrl0_e0_ff2048 --path <final_weights.pt>
                                                               FF's classifier cut to rank d                    Table 1
     python baselines.py ncm --model mrl1_e0_ff2048 --dataset V2
-                                                              few-shot nearest class mean                      Table 15
+                                                              few-shot nearest class mean, of the queries      Table 15
 
 1-nearest-neighbour accuracy (Table 2) is the column `top1` of retrieval's exact search: `retrieve.py report`. Table 2's
 SVD and random projection of features: `retrieve.py project`.
@@ -88,8 +88,8 @@ def measure_class_means(X, y, sizes, shots, seed=0):
     order = order[np.argsort(y[order], kind="stable")]                    # by class, random within
     labels, first, counts = np.unique(y[order], return_index=True, return_counts=True)
     if counts.min() <= shots:
-        raise InputError(f"{shots} shots need more than {shots} images of each class; class "
-                         f"{labels[counts.argmin()]} has {counts.min()}")
+        raise InputError(f"--shots {shots}: needs more than {shots} images of each class, class "
+                         f"{labels[counts.argmin()]} has {counts.min()}; give fewer shots")
     support = order[first[:, None] + np.arange(shots)]                    # [C, shots]
     test = np.setdiff1d(order, support)
     hits = []
@@ -173,7 +173,7 @@ def parse_arguments():
     parser.add_argument("--epochs", type=bounded(int, 1), default=10, help="lp: epochs of training (%(default)s)")
     parser.add_argument("--lr", type=bounded(float, 0), default=1e-3, help="lp: learning rate (%(default)s)")
     parser.add_argument("--shots", type=bounded(int, 1), nargs="+", default=[1, 3, 5, 7, 9],
-                        help="ncm: images of a class whose mean is taken (1 3 5 7 9)")
+                        help="ncm: queries of a class whose mean is taken; the others are tested (1 3 5 7 9)")
     parser.add_argument("--trials", type=bounded(int, 1), default=5,
                         help="ncm: random choices of the shots (%(default)s)")
     return parser.parse_args()
@@ -196,8 +196,10 @@ def main():
               "checkpoint": about.get("checkpoint"), **figures}
     folder = Path(args.output or args.arrays)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{args.command}_dataset={args.dataset}_model={args.model}.json", result)
+    path = folder / f"{args.command}_dataset={args.dataset}_model={args.model}.json"
+    write_json(path, result)
     show(result)
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def export(args):
     save, folder = import_extra("safetensors.torch", "export.py").save, Path(args.output)
     model, state = open_by_flags(args.path, args)
     spec, about = model.spec, {"checkpoint": fingerprint(args.path)}
-    figures = [read_figures(path, about | {"nesting_list": spec["nesting_list"]}) for path in args.figures]
+    figures = choose_figures(args.figures, about | {"nesting_list": spec["nesting_list"]})
     check_free(folder / CONFIG, about, args.overwrite, *(folder / name for name in FILES))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
@@ -76,16 +76,24 @@ def export(args):
     return folder
 
 
+def choose_figures(paths, about):
+    """-> of accuracy JSONs of pytorch_inference.py those that say the same of their checkpoint and sizes; a note counts
+    the others, which a folder of several models has."""
+    figures = {path: read_figures(path, about) for path in paths}
+    chosen = [content for content in figures.values() if {key: content[key] for key in about} == about]
+    if figures and not chosen:
+        raise InputError(f"--figures {paths[0]}: of another checkpoint than {about['checkpoint']}, as are all given")
+    if len(chosen) < len(figures):
+        print(f"note: {len(figures) - len(chosen)} of --figures left out: of other checkpoints")
+    return chosen
+
+
 def read_figures(path, about):
-    """-> the content of an accuracy JSON of pytorch_inference.py, if it says the same of its checkpoint and sizes."""
     content = read_json(path)
     if content is None:
         raise InputError(f"--figures {path}: no such file")
     if not {"dataset", "n", "top1", "top5", "tta", "precision", "resize", "crop", *about} <= content.keys():
         raise InputError(f"--figures {path}: not the figures of pytorch_inference.py (..._accuracy_<checkpoint>.json)")
-    for key, value in about.items():
-        if content[key] != value:
-            raise InputError(f"--figures {path}: has {key}={content[key]}, what is exported {value}")
     return content
 
 

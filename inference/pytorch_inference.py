@@ -60,8 +60,8 @@ def add_run_flags(group):
     group.add_argument("--workers", type=bounded(int, 0, 16 * os.cpu_count()), default=min(12, os.cpu_count()),
                        help="processes that read images")
     group.add_argument("--batch_size", type=positive, default=256, help="images at a time (%(default)s)")
-    group.add_argument("--resize", type=pixels, help="pixels of the shorter side before the crop (default 256; "
-                                                      "of a timm network what its crop share says)")
+    group.add_argument("--resize", type=pixels, help="pixels of the shorter side before the crop (default: 256/224 of "
+                                                      "the crop; of a timm network what its crop share says)")
     group.add_argument("--crop", type=pixels, default=224, help="pixels of the central crop")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                        help="cpu, cuda or cuda:1 (here %(default)s)")

@@ -10,15 +10,17 @@ from pathlib import Path
 from processes import warn
 
 from MRL import NESTING_LIST
-from mrl_files import InputError
+from mrl_files import InputError, read_json
 from mrl_models import (
     Unsettled,
     check_image_size,
     default_nesting_list,
     feature_width,
+    find_json,
     open_model,
     read_params,
     read_state_dict,
+    similar_sizes,
 )
 
 FLAGS = {"arch": "--arch", "head": "--mrl, --efficient or --rep_size", "nesting_list": "--nesting_list",
@@ -41,7 +43,19 @@ def check_checkpoint(path, args):
     if args.rep_size and args.rep_size > largest:
         raise InputError(f"{path}: --rep_size {args.rep_size} was asked for, the file holds sizes up to {largest}")
     check_image_size(model, args.crop, "crop")
+    warn_of_other_size(path, args.crop)
     return model.spec
+
+
+def warn_of_other_size(path, crop):
+    """A run of train/ notes the size of the images that it validated on."""
+    noted = read_json(find_json(path)) or {}
+    try:
+        trained = int(noted["settings"]["validation"]["resolution"])
+    except (KeyError, TypeError, ValueError):      # a bare file, an exported one
+        return
+    if not similar_sizes(trained, crop):
+        warn(f"{path}: trained for images of {trained} pixels, here they have {crop}: --crop {trained} gives them that")
 
 
 def open_by_flags(path, args):

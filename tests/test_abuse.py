@@ -242,7 +242,8 @@ TABLE = [
     Row("NaN in the database", "inference/baselines.py lp " + HERE, r"train_mrl1_e0_ff32-X\.npy.*NaN",
         copied("arrays", with_nan(ARRAYS.format("train", "X.npy")))),
     Row("NaN for a rate", "inference/baselines.py lp --lr nan " + BASE, "--lr: nan"),
-    Row("more shots than images", "inference/baselines.py ncm --shots 1000000000000 " + BASE, "1000000000000 shots"),
+    Row("more shots than images", "inference/baselines.py ncm --shots 1000000000000 " + BASE,
+        "--shots 1000000000000: needs more"),
     Row("another model's classifier", "inference/baselines.py svd --path {runs}/ff/final_weights.pt --sizes 8 " + BASE,
         r"ff/final_weights\.pt"),
 

@@ -36,8 +36,9 @@ def test_sizes_that_a_model_lacks_are_dashes(capsys):
 
 
 def test_two_of_a_kind_are_told_apart_by_path():
-    table = accuracy_table.tabulate([RUNS[2], run("mrl", [8, 16], [0.1, 0.2], "runs/b/final_weights.pt")])
-    assert table.model.unique().tolist() == ["MRL", "MRL runs/b/final_weights.pt"]
+    others = [run("mrl", [8, 16], [0.1, 0.2], f"runs/b/final_weights{end}.pt") for end in ("", "_ema")]
+    table = accuracy_table.tabulate([RUNS[0], RUNS[2], *others])
+    assert table.model.unique().tolist() == ["FF", "MRL a", "MRL b", "MRL b/final_weights_ema.pt"]
 
 
 def test_csv_and_plot(tmp_path):

@@ -57,7 +57,7 @@ def test_class_mean_is_nearest_centroid():
 
 
 def test_class_mean_needs_an_image_to_test():
-    with pytest.raises(InputError, match=r"2 shots need more than 2 images of each class; class 1 has 2"):
+    with pytest.raises(InputError, match=r"--shots 2: needs more than 2 images of each class, class 1 has 2"):
         baselines.measure_class_means(np.ones((5, 2), np.float32), np.array([0, 0, 0, 1, 1]), [2], 2)
 
 

@@ -76,15 +76,18 @@ def test_figures_of_folder_and_checkpoint_are_equal(tmp_path, command, evaluate)
         assert after[key] == before[key]
 
 
-def test_the_cards_table_has_the_measured_figures(tmp_path, command, evaluate):
+def test_the_cards_table_has_the_measured_figures(tmp_path, command, evaluate, capsys):
     path = make_run(tmp_path / "run", nesting_list=[8, 512])
     figures = [evaluate(path), evaluate(path, "--tta")]
     runs = [json.loads(file.read_text()) for file in figures]
+    figures.append(tmp_path / "of another.json")
+    figures[-1].write_text(json.dumps(runs[0] | {"checkpoint": "0" * 16}))
     card = (command("--path", path, "--license", "mit", "--figures", *figures) / "README.md").read_text()
     row = " | ".join(f"{100 * run[top][1]:.2f}" for run in runs for top in ("top1", "top5"))
     assert "| size | V1 top-1 % | V1 top-5 % | V1 tta top-1 % | V1 tta top-5 % |\n| --- |" in card
     assert f"\n| 512 | {row} |\n" in card and "license: mit\n---\n# shared\n" in card
     assert "- V1: 20 images, the central 8 pixels of 8, fp32\n" in card and str(tmp_path) not in card
+    assert "note: 1 of --figures left out" in capsys.readouterr().out
     without = (command("--path", path) / "README.md").read_text()
     assert "Not measured." in without and "license" not in without
 
@@ -154,8 +157,8 @@ def test_what_is_there_is_replaced_only_when_asked(tmp_path, command):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda run: run | {"checkpoint": "0" * 16}, "has checkpoint=0000000000000000, what is exported"),
-    (lambda run: run | {"nesting_list": [8]}, r"has nesting_list=\[8\], what is exported"),
+    (lambda run: run | {"checkpoint": "0" * 16}, "of another checkpoint than"),
+    (lambda run: run | {"nesting_list": [8]}, "of another checkpoint than"),
     (lambda run: {"sizes": [8]}, "not the figures of pytorch_inference.py"),
     (lambda run: None, "no such file"),
 ])

@@ -45,6 +45,7 @@ def test_what_was_recorded_stands():
     again = build_from_spec(spec).spec
     assert again == spec and preparation(again, crop=160) == (200, 160, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
     assert preparation(again, 170, 160)[0] == 170 and preparation({})[:2] == (256, 224)
+    assert preparation({}, crop=32)[0] == 37      # the paper's share
 
 
 def test_each_checkpoint_sees_its_own_images(tmp_path, monkeypatch):
@@ -55,7 +56,7 @@ def test_each_checkpoint_sees_its_own_images(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["pytorch_inference.py", "--path", *map(str, runs), *words])
     pytorch_inference.main()
     figures = [json.loads(path.read_text()) for path in tmp_path.glob("*_accuracy_*.json")]
-    assert {run["spec"]["arch"]: run["resize"] for run in figures} == {"timm/test_vit": 33, "resnet18": 256}
+    assert {run["spec"]["arch"]: run["resize"] for run in figures} == {"timm/test_vit": 33, "resnet18": 37}
     assert "resize" not in json.loads((tmp_path / "accuracy_dataset=V1_tta=False.json").read_text())
     x = torch.zeros(10, 3, 32, 32)
     x[:, 1] = torch.arange(10).view(10, 1, 1) / 255

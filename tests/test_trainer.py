@@ -2,6 +2,7 @@
 import json
 import signal
 import sys
+from types import SimpleNamespace
 
 import kill_and_resume
 import launch
@@ -10,7 +11,7 @@ import torch
 import train_imagenet
 from forked import Forked, free_port
 from loaders import normalise
-from trainer import Trainer, data_root
+from trainer import Trainer, describe_images
 
 import mrl_files
 import mrl_models
@@ -248,7 +249,11 @@ def test_tta_averages_the_mirrored_image(trainer):
     assert said["val_loss_4"] == pytest.approx(torch.nn.functional.cross_entropy(mean, labels.flatten()).item(), 1e-5)
 
 
-def test_the_next_command_finds_a_folder_of_ones_own(tmp_path):
+def test_the_next_command_finds_a_folder_of_ones_own_and_images_of_its_size(tmp_path):
+    def describe(val, pixels=256):
+        return describe_images(SimpleNamespace(data=SimpleNamespace(val_dataset=val),
+                                               validation=SimpleNamespace(resolution=pixels)))
     (tmp_path / "my pictures/val").mkdir(parents=True)
-    assert data_root(tmp_path / "my pictures/val") == f" --data_root '{tmp_path}/my pictures'"
-    assert data_root(tmp_path / "my pictures") == data_root(tmp_path / "val.ffcv") == ""
+    assert describe(tmp_path / "my pictures/val") == f" --data_root '{tmp_path}/my pictures'"
+    assert describe(tmp_path / "my pictures") == describe(tmp_path / "val.ffcv") == ""
+    assert describe(tmp_path / "val.ffcv", 32) == " --crop 32"

@@ -190,3 +190,14 @@ def test_pickled_modules_nan_and_truncated_files_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(InputError, match="truncated"):
         load(path)
+
+
+@pytest.mark.parametrize("noted, said", [
+    ({"settings": {"validation": {"resolution": 32}}}, "trained for images of 32 pixels, here they have 64: --crop 32"),
+    ({"settings": {"validation": {"resolution": 80}}}, ""), ({"settings": []}, ""), ({}, "")])
+def test_a_run_for_other_images_is_warned_of(tmp_path, capsys, noted, said):
+    path = make_run(tmp_path)
+    about = path.with_name("params.json")
+    about.write_text(json.dumps(json.loads(about.read_text()) | noted))
+    load(str(path))
+    assert said in capsys.readouterr().err if said else not capsys.readouterr().err

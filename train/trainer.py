@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mrl_files import InputError, describe_error
-from mrl_models import autocast, classify_in_float32, compute_logits, count, preparation
+from mrl_models import autocast, classify_in_float32, compute_logits, count, preparation, similar_sizes
 
 SKIPS = 26                           # steps in a row that fp16 may skip: a healthy run skips a few at its beginning
 LEAST_SCALE = 2.0 ** (16 - SKIPS)    # where the loss scale, 2**16 at first, is after so many
@@ -107,7 +107,7 @@ class Trainer:
             self.done += 1
             watch.stop()
             if s.logging.log_level == 2:
-                bar.set_postfix(loss=f"{self.losses.sum().item() / self.done:.3f}")
+                bar.set_postfix(loss=f"{self.losses.sum().item() / self.done:.3f}", refresh=False)
             if last and (signum := stop.asked()) and self.done < len(loader):
                 batches.close()
                 self.save_and_stop(signum)
@@ -139,7 +139,7 @@ class Trainer:
                 checkpoint.save_weights(self.folder, model.state_dict(), name)
             weights = (self.folder / "final_weights.pt").absolute()
             print(f"final weights: {weights}\nnext: cd ../inference && python pytorch_inference.py "
-                  f"--path {shlex.quote(str(weights))} --dataset V1{data_root(self.settings.data.val_dataset)}")
+                  f"--path {shlex.quote(str(weights))} --dataset V1{describe_images(self.settings)}")
 
     def one_epoch(self, loader, val, stop):
         """Train, validate where asked for, and leave a line in the log and a checkpoint."""
@@ -265,7 +265,9 @@ class Trainer:
         return self.before + time.time() - self.began
 
 
-def data_root(val):
-    """-> what tells pytorch_inference.py where V1 is, if training validated on a folder called val."""
-    folder = Path(val).absolute()
-    return f" --data_root {shlex.quote(str(folder.parent))}" if folder.is_dir() and folder.name == "val" else ""
+def describe_images(settings):
+    """-> what tells pytorch_inference.py where V1 is, if training validated on a folder called val; and how large its
+    images are, if they are not about as large as ImageNet's."""
+    folder, pixels = Path(settings.data.val_dataset).absolute(), settings.validation.resolution
+    there = f" --data_root {shlex.quote(str(folder.parent))}" if folder.is_dir() and folder.name == "val" else ""
+    return there if similar_sizes(pixels, 224) else f"{there} --crop {pixels}"

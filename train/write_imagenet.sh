@@ -10,7 +10,7 @@
 #   $3  JPEG quality
 #
 # Makes $WRITE_DIR/train_$1_$2_$3.ffcv and $WRITE_DIR/val_$1_uncompressed.ffcv (validation images are all raw).
-# WORKERS (default 16) is the number of processes.
+# WORKERS is the number of processes (default: one for each core, 16 at most).
 set -euo pipefail
 usage="usage: IMAGENET_DIR=... WRITE_DIR=... ./write_imagenet.sh MAX_RESOLUTION JPEG_SHARE JPEG_QUALITY"
 [ $# -eq 3 ] || { echo "error: $usage" >&2; exit 2; }
@@ -22,7 +22,7 @@ mkdir -p "$WRITE_DIR"
 
 write() {   # split, file name, further flags
   python "$here/write_imagenet.py" --cfg.dataset=imagenet --cfg.split="$1" --cfg.data_dir="$IMAGENET_DIR/$1" \
-    --cfg.write_path="$WRITE_DIR/$2" --cfg.max_resolution="$max_resolution" --cfg.num_workers="${WORKERS:-16}" \
+    --cfg.write_path="$WRITE_DIR/$2" --cfg.max_resolution="$max_resolution" ${WORKERS:+--cfg.num_workers=$WORKERS} \
     --cfg.chunk_size=100 "${@:3}"
 }
 

@@ -32,15 +32,15 @@ class InputError(ValueError):
 def replacing(path):
     """A temporary path beside `path`, renamed to it if the block succeeds: a half-written file is never visible."""
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")   # the suffix stays: savers look at it
     if path.is_dir() or not path.parent.is_dir():
         raise InputError(f"{path} could not be written: "
                          + ("it is a folder" if path.is_dir() else f"there is no folder {path.parent}"))
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")   # the suffix stays: savers look at it
     try:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename not in (None, str(temporary)):                     # a file that was read
+        if error.filename not in (None, str(temporary)):      # of another file, which the block read
             raise
         raise InputError(f"{path} could not be written: {error.strerror or error}") from None
     except RuntimeError as error:
@@ -53,7 +53,10 @@ def replacing(path):
 
 @contextmanager
 def locked(path, busy=None):
-    """Hold an exclusive lock on `path` in the block. busy: error message for a second process; None: it waits."""
+    """Hold an exclusive lock on `path` in the block. busy: error message for a second process; None: it waits.
+
+    It is a POSIX lock, this process's own: forked workers, which may live on for seconds, do not hold it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.with_name(f".{path.name}.lock")
@@ -69,36 +72,21 @@ def locked(path, busy=None):
             raise
         print(f"{path}: no locks on this file system; start one command at a time", file=sys.stderr)
         file = None
-    HELD.add(file)
     try:
         yield
     finally:
         name.unlink(missing_ok=True)                 # while it is held: nobody else's is removed
-        HELD.discard(file)
         if file:
             file.close()
 
 
-HELD = set()      # the files of this process's locks
-
-
-def let_go():
-    """In a forked worker: it would hold the locks of a process that was killed until it notices, seconds later."""
-    for file in HELD - {None}:
-        file.close()
-    HELD.clear()
-
-
-os.register_at_fork(after_in_child=let_go)
-
-
 def open_locked(name, how):
-    """-> the open file `name`, locked. Its last holder removed it, so one who waited for it holds what has no name any
-    more and guards nothing: then again, with the file that is there now."""
+    """-> the open file `name`, locked. The holder deletes it when it is done. Who waited then holds a deleted file,
+    which locks nobody out: again, with the file that is there now."""
     while True:
         file = open(name, "wb")
         try:
-            fcntl.flock(file, how)
+            fcntl.lockf(file, how)
             if os.path.samestat(os.fstat(file.fileno()), os.stat(name)):
                 return file
         except FileNotFoundError:
@@ -163,7 +151,8 @@ def allocate(path, shape, dtype):
     try:
         array = np.lib.format.open_memmap(path, "w+", dtype, shape)
         with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
+            if hasattr(os, "posix_fallocate"):      # not on macOS
+                os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
         return array
     except OSError as error:
         Path(path).unlink(missing_ok=True)
@@ -267,10 +256,16 @@ def import_extra(name, what, package=None):
 
 def file_path(text):
     """A type for argparse: a path. ~ at its beginning is the user's home, which a shell leaves in `--folder=~/x`."""
-    path = os.path.expanduser(text)
-    if path.startswith("~"):
-        raise InputError(f"{text}: there is no user {path.split('/')[0][1:]} (./{text} is a file of that name here)")
-    return path
+    return os.path.expanduser(text)
+
+
+def numbers(kind):
+    """A type for argparse: '8,16,32' -> [8, 16, 32]."""
+    def read(text):
+        return [kind(word) for word in text.strip("[]() ").split(",")]
+
+    read.__name__ = f"list of {kind.__name__}s"
+    return read
 
 
 def bounded(kind, least, most=math.inf):

@@ -24,14 +24,6 @@ from mrl_files import SAFETENSORS, InputError, describe_error, file_path, identi
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # ImageNet's, of pixels in 0 ... 1
 
 
-class Unsettled(InputError):
-    """load_model cannot tell which model a file holds. args: the problem, and the load_model argument that would settle
-    it, so that commands can name their own flag for it."""
-
-    def __str__(self):
-        return ": give ".join(self.args)
-
-
 # ------------------------------------------------------------------------------------------------ models
 
 class BlurPool(nn.Module):
@@ -194,19 +186,21 @@ def model_name(spec):
     return f"mrl{nested:d}_e{efficient:d}_ff{spec['nesting_list'][-1]}"
 
 
-def check_nesting_list(nesting_list):
-    """-> the sizes as a list of ints, if they are positive and increasing."""
+def check_nesting_list(nesting_list, name="nesting_list"):
+    """-> the sizes as a list of ints, if they are positive and increasing. name: of what they were given as."""
     try:
         sizes = [operator.index(d) for d in nesting_list]
     except TypeError:
         sizes = []
     if not sizes or sizes[0] < 1 or any(a >= b for a, b in pairwise(sizes)):
-        raise InputError(f"nesting_list must hold increasing positive integers, got {nesting_list}")
+        raise InputError(f"{name} must hold increasing positive integers, got {nesting_list}")
     return sizes
 
 
-def default_nesting_list(width, start=3):
-    """Powers of two from 2**start up to the feature width, the width itself last (2048, 3 -> 8 ... 2048)."""
+def default_nesting_list(width, start=None):
+    """Powers of two from 2**start (None: 8, or less for a width below) up to the feature width, the width itself last
+    (2048 -> 8 ... 2048)."""
+    start = min(3, width.bit_length() - 1) if start is None else start
     if not 0 <= start <= math.log2(width):
         raise InputError(f"nesting_start={start}: 2**{start} is not between 1 and the feature width {width}")
     return [2 ** i for i in range(start, math.ceil(math.log2(width)))] + [width]
@@ -268,8 +262,8 @@ def load_model(path, arch=None, head=None, nesting_list=None, old_ckpt=False):
     train/, or what inference/export.py wrote.
 
     What each argument leaves None is read from the JSON beside the file (params.json of a run, config.json of an
-    export), else from the shapes in the file; what neither settles is an InputError that names the argument, and so is
-    an argument that contradicts the file.
+    export), else from the shapes in the file. If neither says it, or an argument contradicts them, InputError names the
+    argument.
     old_ckpt: the layout of the authors' released files (MRL-E keeps its matrix under fc.weight).
     The file must hold exactly the model's keys and shapes, under whatever wrapper or prefix: see read_state_dict.
     """
@@ -299,13 +293,12 @@ def open_model(path, arch=None, head=None, nesting_list=None, old_ckpt=False):
         with torch.device("meta"):
             model = build_from_spec(spec | given)
         if misfit := does_not_fit(model, state):
-            raise InputError(misfit) if known else Unsettled(f"{misfit}; for another network", "arch")
+            raise InputError(misfit if known else f"{misfit}; for another network give arch (--arch)")
         if problem := not_finite(state):
             raise InputError(problem)
         return model, state
     except InputError as error:
-        error.args = f"{path}: {error.args[0]}", *error.args[1:]
-        raise
+        raise InputError(f"{path}: {error}") from None
 
 
 def find_weights(path):
@@ -424,26 +417,28 @@ def is_dense(value):
 def modern_keys(state, head):
     """The released MRL-E files name their one matrix as a plain classifier: rename it. The rest is unchanged."""
     if head is None and "fc.weight" in state:
-        raise Unsettled("a released file with one matrix, MRL-E (mrl_e) or fixed features (ff<d>)", "head")
+        raise InputError("a released file with one matrix, MRL-E (mrl_e) or fixed features (ff<d>): give head "
+                         "(--mrl, --efficient or --rep_size)")
     if head != "mrl_e":
         return state
     return {re.sub(r"^fc\.(weight|bias)$", r"fc.nesting_classifier_0.\1", key): v for key, v in state.items()}
 
 
 def read_shapes(state, arch=None, head=None, nesting_list=None):
-    """build_model's arguments as far as keys and shapes show them; Unsettled where they do not."""
+    """build_model's arguments as far as keys and shapes show them; InputError where they do not."""
     if arch is None:
-        raise Unsettled("no params.json beside it, and the architecture does not show in a file", "arch")
+        raise InputError("no params.json beside it, and the architecture does not show in a file: give arch (--arch)")
     nested = find_nested_weights(state)
     sizes, weight = [v.shape[1] for v in nested], nested[-1] if nested else find_plain_weight(state, arch)
     shown = {"arch": arch, "num_classes": weight.shape[0], "blurpool": any(k.endswith("blur_filter") for k in state)}
     if len(nested) > 1 or (head == "mrl" and nesting_list == sizes):
         return {**shown, "head": "mrl", "nesting_list": sizes}
     if not nested and head == "mrl_e":
-        raise Unsettled(f"head=mrl_e was asked for, the file holds ff{weight.shape[1]}; if it is a released MRL-E file",
-                        "old_ckpt")
+        raise InputError(f"head=mrl_e was asked for, the file holds ff{weight.shape[1]}; if it is a released MRL-E "
+                         "file: give old_ckpt (--old_ckpt)")
     if nested and nesting_list is None and head in (None, "mrl_e"):
-        raise Unsettled("the sizes of an MRL-E model do not show in a file", "nesting_list")
+        raise InputError("an MRL-E model, whose sizes do not show in a file: give nesting_list (--efficient alone for "
+                         "8, 16 ..., --nesting_list for others)")
     return {**shown, "head": "mrl_e" if nested else f"ff{weight.shape[1]}"}
 
 
@@ -478,7 +473,7 @@ def does_not_fit(model, state):
 
 
 def not_finite(state):
-    """-> which tensors of a state dict hold numbers that are none; None where all are."""
+    """-> the first tensor with NaN or infinite numbers, in words; None if all are finite."""
     broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
     return f"{broken[0]} holds NaN or infinite numbers ({len(broken)} such tensors)" if broken else None
 

@@ -65,7 +65,7 @@ ff512 --model.fixed_feature=512
 boost8_16 --model.mrl=1 --model.relative_importance=2,1.5,1,1,1,1,1,1
 END
 # A quarter of the epochs, at a fifth of the rate: as the paper's 10 epochs at 0.1 to its 40 at 0.475.
-tuned="--model.mrl=1 --model.init_from=$out/runs/ff1024/final_weights.pt --training.epochs=$((epochs / 4)) --lr.lr=0.02 --lr.lr_peak_epoch=0"
+tuned="--model.mrl=1 --model.init_from=\"$out/runs/ff1024/final_weights.pt\" --training.epochs=$(((epochs + 3) / 4)) --lr.lr=0.02 --lr.lr_peak_epoch=0"
 run_all <<END
 tune_fc $tuned --model.trainable=fc
 tune_conv5 $tuned --model.trainable=fc,conv5

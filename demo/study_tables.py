@@ -18,9 +18,10 @@ from pictures import accuracies
 from mrl_files import command_line, file_path, read_json
 
 HERE = Path(__file__).resolve().parent
-NONE = pd.Series(dtype=float)
+NOTHING = pd.DataFrame(columns=["expected size", "top-1"], dtype=float)      # of cascades
 SEARCHED = {"FF": "ff", "MRL": "mrl", "MRL-E": "mrl_e", "SVD": "ff_svd", "JL": "ff_jl", "Rand. FS": "rand_fs",
             "Slim. Net": "slim"}      # names in retrieval/'s files
+NOT_OURS = ("Rand. FS", "Slim. Net")
 STYLES = {"FF": "ks", "MRL": "C0o-", "MRL-E": "C1^-", "SVD": "C2v:", "Rand. LP": "C3x:"}
 
 
@@ -63,10 +64,9 @@ def single_shot(rows, column):
 # ------------------------------------------------------------------------------------------------ tables
 
 def beside(theirs, ours):
-    """{method: series by size}, twice -> a data frame: two columns for each method, the paper's (if any) and ours."""
-    return pd.DataFrame({f"{method}, {whose}": columns.get(method, NONE) for method in {**theirs, **ours}
-                         for whose, columns in (("paper", theirs), ("here", ours))
-                         if whose == "here" or len(theirs.get(method, NONE))}).sort_index()
+    """{method: series by size}, twice -> a data frame: a column for each method of the paper, and for each of ours."""
+    return pd.DataFrame({f"{method}, {whose}": columns[method] for method in {**theirs, **ours}
+                         for whose, columns in (("paper", theirs), ("here", ours)) if method in columns}).sort_index()
 
 
 def accuracy(folder):
@@ -76,8 +76,10 @@ def accuracy(folder):
 
 
 def search(folder, column):
-    return beside(*({name: single_shot(retrieval(whose, model), column) for name, model in SEARCHED.items()}
-                    for whose in (None, folder / "retrieval")))
+    theirs, ours = ({name: single_shot(retrieval(whose, model), column) for name, model in SEARCHED.items()}
+                    for whose in (None, folder / "retrieval"))
+    return beside({name: rows for name, rows in theirs.items() if len(rows)},
+                  {name: rows for name, rows in ours.items() if name not in NOT_OURS})
 
 
 def adaptive(rows):
@@ -99,7 +101,7 @@ def cascades(folder):
     """The mean over several draws of the images that the thresholds are tuned on."""
     draws = [pd.read_csv(path, sep=r"\s+", skiprows=2, names=["size", "top-1", "expected size", "asked"])
              for path in folder.glob("outputs/cascade*.txt")]
-    return beside(paper("3"), pd.concat(draws).groupby("size").mean() if draws else {})[
+    return beside(paper("3"), pd.concat(draws).groupby("size").mean() if draws else NOTHING)[
         [f"{what}, {whose}" for what in ("expected size", "top-1") for whose in ("paper", "here")]]
 
 
@@ -187,7 +189,8 @@ def plot(theirs, ours):
             "the paper: ImageNet-1K, ResNet50", "here: printed characters, a small ShuffleNet"), strict=True):
         for name, style in STYLES.items():
             column = columns[name].dropna()
-            axes.plot(column.index, column, style, label=name, fillstyle="none", markersize=8 if name == "FF" else 5)
+            axes.plot(column.index, column, style, label=name if len(column) else None, fillstyle="none",
+                      markersize=8 if name == "FF" else 5)
         axes.set_xscale("log", base=2)
         axes.set_xticks(columns["MRL"].dropna().index, columns["MRL"].dropna().index)
         axes.set(xlabel="representation size", ylabel="top-1 (%)", ylim=(0, 100), title=title)

@@ -147,8 +147,7 @@ def read_both_splits(args):
 def choose_sizes(args, about, width):
     """--sizes; else those of a nested model; else (one size, or unknown) powers of two from 8 up to the width."""
     own = about.get("nesting_list", [])
-    powers = default_nesting_list(width, start=min(3, width.bit_length() - 1))
-    sizes = check_nesting_list(args.sizes or (own if len(own) > 1 else powers))
+    sizes = check_nesting_list(args.sizes or (own if len(own) > 1 else default_nesting_list(width)), "--sizes")
     if sizes[-1] > width:
         raise InputError(f"--sizes: {sizes[-1]} is more than the {width} dimensions of {args.model}")
     return sizes

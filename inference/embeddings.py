@@ -57,8 +57,9 @@ def embed(args, device):
         embed_one([plan for plan in plans if plan.path == path], args, device)
     if rank() == 0:
         for head in dict.fromkeys("ff" if is_fixed_feature(plan.spec["head"]) else plan.spec["head"] for plan in plans):
-            print(f"next: cd ../retrieval && python retrieve.py report --dataset {args.dataset or '1K'} --model {head} "
-                  f"--embeddings {shlex.quote(os.path.abspath(args.retrieval_array_path or '.'))}")
+            folder, dataset = os.path.abspath(args.retrieval_array_path or "."), plans[0].about["dataset"]
+            print(f"next: cd ../retrieval && python retrieve.py report --dataset {dataset} --model {head} "
+                  f"--embeddings {shlex.quote(folder)}")
 
 
 def plan_dumps(args, device):

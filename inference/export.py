@@ -10,7 +10,7 @@ import argparse
 import re
 from pathlib import Path
 
-from pytorch_inference import add_model_flags, join_sizes
+from pytorch_inference import add_model_flags
 from saved_files import check_free, fingerprint
 from which_model import open_by_flags
 
@@ -152,9 +152,7 @@ def parse_arguments():
     parser.add_argument("--push", help="owner/name: upload too; made there, public, if it does not exist")
     parser.add_argument("--overwrite", action="store_true", help="replace what was written of another checkpoint")
     add_model_flags(parser.add_argument_group("the model, where no JSON lies beside the checkpoint"))
-    args = parser.parse_args()
-    args.nesting_list = join_sizes(args.nesting_list)
-    return args
+    return parser.parse_args()
 
 
 def main():

@@ -19,9 +19,9 @@ from embeddings import DTYPES, embed
 from eval_sets import CLASSIFICATION, RETRIEVAL
 from processes import count_processes, start_device, warn
 
-from mrl_files import InputError, bounded, command_line, file_path, leave_group
+from mrl_files import InputError, bounded, command_line, file_path, leave_group, numbers
 from mrl_images import name_dead_workers
-from mrl_models import check_nesting_list, find_weights
+from mrl_models import find_weights
 
 positive = bounded(int, 1)
 
@@ -39,9 +39,7 @@ def parse_arguments():
     add_run_flags(parser.add_argument_group("how it runs"))
     add_accuracy_flags(parser.add_argument_group("classification"))
     add_embeddings_flags(parser.add_argument_group("embeddings"))
-    args = parser.parse_args()
-    args.nesting_list = join_sizes(args.nesting_list)
-    return args
+    return parser.parse_args()
 
 
 def add_model_flags(group):
@@ -50,8 +48,7 @@ def add_model_flags(group):
     group.add_argument("--efficient", action="store_true", help="MRL-E: one matrix for all sizes")
     group.add_argument("--rep_size", type=positive, help="size of a fixed-feature model; of a nested model, how many "
                                                               "numbers of each embedding are written")
-    group.add_argument("--nesting_list", type=read_sizes, nargs="+",
-                       help="sizes of an MRL-E model (default 8 16 ... 2048)")
+    group.add_argument("--nesting_list", type=numbers(int), help="sizes of an MRL-E model (default 8,16,...,2048)")
     group.add_argument("--old_ckpt", action="store_true", help="the authors' released files")
 
 
@@ -85,16 +82,6 @@ def add_embeddings_flags(group):
     group.add_argument("--retrieval_array_path", type=file_path, help="folder for the arrays (default: this one)")
     group.add_argument("--random_sample_dim", type=positive, help="embed only so many random images of each split")
     group.add_argument("--storage", choices=list(DTYPES), help="number format of the arrays (default fp32)")
-
-
-def read_sizes(text):
-    """"8" or, as train/ spells it, "8,16" -> a list."""
-    return [int(size) for size in text.split(",") if size]
-
-
-def join_sizes(words):
-    """What --nesting_list has read -> its sizes; None where it was not given."""
-    return check_nesting_list([size for word in words for size in word]) if words else None
 
 
 def warn_of_idle_flags(args):

@@ -97,6 +97,8 @@ def read_arrays(folder, dataset, split, model):
     """-> X [N, D] float32 or float16, memory-mapped; y [N] int64; the companion's content ({} where there is none)."""
     stem = str(arrays_stem(folder, dataset, split, model))
     if not Path(f"{stem}-X.npy").exists():
-        raise InputError(f"{stem}-X.npy: no such file; write it with pytorch_inference.py --retrieval")
+        there = ", ".join(sorted(path.name for path in Path(folder).glob(f"{dataset}_{split}_*-X.npy")))
+        raise InputError(f"{stem}-X.npy: no such file; " + (f"--model may name one of {there}" if there else
+                                                           "write it with pytorch_inference.py --retrieval"))
     X = read_embeddings(f"{stem}-X.npy")
     return X, read_labels(f"{stem}-y.npy", len(X)), read_json(f"{stem}-X.json") or {}

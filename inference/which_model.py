@@ -12,28 +12,20 @@ from processes import warn
 from MRL import NESTING_LIST
 from mrl_files import InputError, read_json
 from mrl_models import (
-    Unsettled,
     check_image_size,
     default_nesting_list,
     feature_width,
     find_json,
     open_model,
     read_params,
-    read_state_dict,
     similar_sizes,
 )
-
-FLAGS = {"arch": "--arch", "head": "--mrl, --efficient or --rep_size", "nesting_list": "--nesting_list",
-         "old_ckpt": "--old_ckpt"}      # what sets load_model's arguments
 
 
 def check_checkpoints(args):
     """-> {path: model.spec}, if the weights of all can be read, and all take images of this size: an error in the last
     one shows before hours of work on the first. Weights are read again later: those of all need not fit in memory."""
-    specs = {path: check_checkpoint(path, args) for path in args.path}
-    if args.nesting_list and all(is_fixed_feature(spec["head"]) for spec in specs.values()):
-        warn("--nesting_list does nothing here: a fixed-feature model has one size")
-    return specs
+    return {path: check_checkpoint(path, args) for path in args.path}
 
 
 def check_checkpoint(path, args):
@@ -60,25 +52,17 @@ def warn_of_other_size(path, crop):
 
 def open_by_flags(path, args):
     """`open_checkpoint` with the flags that pytorch_inference.py and export.py share."""
-    head = name_head(args.mrl or args.efficient, args.efficient, args.rep_size)
+    nested = read_params(path).get("head", "").startswith("mrl")      # of such a run --rep_size is where it is cut
+    head = name_head(args.mrl or args.efficient, args.efficient, None if nested else args.rep_size)
     return open_checkpoint(path, args.arch, head, args.nesting_list, args.old_ckpt)
 
 
 def open_checkpoint(path, arch=None, head=None, nesting_list=None, old_ckpt=False):
-    """open_model with the defaults of a command -> (the model without its numbers, its state dict).
-
-    nesting_list is of the nested models among those of a command: a fixed-feature model has one size, and shows it.
-    """
-    given, known = {"arch": arch, "head": head, "nesting_list": nesting_list}, read_params(path)
-    if not known:
+    """open_model with the defaults of a command -> (the model without its numbers, its state dict)."""
+    given = {"arch": arch, "head": head, "nesting_list": nesting_list}
+    if not read_params(path):
         given = add_defaults(path, add_name(path, given) if old_ckpt else given)
-    if nesting_list and is_fixed_feature(known.get("head") or given["head"] or read_head(path)):
-        given["nesting_list"] = None
-    try:
-        return open_model(path, **given, old_ckpt=old_ckpt)
-    except Unsettled as error:
-        problem, argument = error.args
-        raise InputError(f"{problem}: give {FLAGS[argument]}") from None
+    return open_model(path, **given, old_ckpt=old_ckpt)
 
 
 def name_head(nested, efficient, size):
@@ -90,11 +74,6 @@ def name_head(nested, efficient, size):
 
 def is_fixed_feature(head):
     return head.startswith("ff")
-
-
-def read_head(path):
-    """-> the kind of head that a file's keys show, without its size."""
-    return "mrl" if any("nesting_classifier" in key for key in read_state_dict(path)) else "ff"
 
 
 def read_released_name(path):

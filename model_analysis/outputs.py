@@ -28,6 +28,8 @@ def read(folder, kind, head="mrl", dataset="V1", tta=False):
     fingerprints checkpoint and images (of the list of images). For the original's files the last three are None.
     Raises InputError when a file is missing (with the command that makes it), broken, or not of the same run as gt.
     """
+    if not re.fullmatch(r"mrl|mrl_e|ff\d+", head):
+        raise InputError(f"head={head!r}: give mrl, mrl_e or ff<size>")
     wanted = {"kind": kind, "head": head, "dataset": dataset, "tta": tta}
     path, gt_path = find(folder, wanted), find_gt(folder, wanted)
     array, gt = load(path, dims=2 if kind == "predictions" else 3), load(gt_path, dims=1)

@@ -213,13 +213,15 @@ def choose_best(table):
 
 def format_study(table, study):
     """-> Markdown: what is best at each cost, and the product quantisers by size and bytes. Accuracies in per cent."""
-    percent = [c for c in table.columns if c == "top1" or "recall" in c or c == "paper_top1"]
-    table = table.assign(**{c: 100 * table[c] for c in percent}, model=table.model.map(MODEL_NAMES))
-    text = f"# {study.task.dataset}: AdANNS\n\n## Better than all that is cheaper\n\n{to_markdown(choose_best(table))}"
+    table = table.assign(model=table.model.map(MODEL_NAMES))
+    best = choose_best(table)
+    percent = best.filter(regex="top1|recall").map("{:.2%}".format, na_action="ignore")
+    text = (f"# {study.task.dataset}: AdANNS\n\n## What is better than all that is cheaper, of its model and method\n\n"
+            f"{to_markdown(best.assign(**percent))}")
     if table.bytes.isna().all():
         return text
-    codes = table.pivot_table("top1", ["model", "method", "bytes"], "d_s").reset_index()
-    return f"{text}\n## Top-1 of product quantisers by representation size\n\n{to_markdown(codes)}"
+    codes = table.pivot_table("top1", ["model", "method", "bytes"], "d_s").map("{:.2%}".format, na_action="ignore")
+    return f"{text}\n## Top-1 of product quantisers by representation size\n\n{to_markdown(codes.reset_index())}"
 
 
 def to_markdown(table):

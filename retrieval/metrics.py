@@ -73,11 +73,9 @@ def time_one_query(answer, queries, seconds=3):
 
     30 queries, or as many as `seconds` allow: of few, one that the machine interrupts would be the median.
     """
-    started = time.perf_counter()
     answer(0)                                             # the first call compiles, loads and warms up
-    times = [first] if (first := time.perf_counter() - started) > 30 else []      # it reads the database from the disk
-    started = time.perf_counter()
-    while not times or (times[0] <= 30 and len(times) < 30 and time.perf_counter() - started < seconds):
+    times, started = [], time.perf_counter()
+    while not times or (len(times) < 30 and time.perf_counter() - started < seconds):
         begun = time.perf_counter()
         answer(len(times) % queries)
         times.append(time.perf_counter() - begun)

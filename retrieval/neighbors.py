@@ -104,18 +104,19 @@ def searcher(xb, retrieval_dim, index="exactl2", file=None, record=None, device=
     """
     kind, dim, device = find_kind(index), check_size(xb, retrieval_dim), choose_device(device)
     zeros, block = Zeros(dim, kind), rows_in_memory(dim, memory_gb)
-    if kind.exact and len(xb) > block:
-        find_unit = search_blocks(xb, dim, block, zeros, device, row)
-    else:
+    streamed = kind.exact and len(xb) > block
+    if not streamed:
         check_probes(kind, len(xb), nlist, nprobe)
         built = build(xb, lambda: new_index(xb, dim, kind, nlist=nlist),
                       lambda lo, rows: unit(rows, dim, first=row + lo, zeros=zeros, zero=kind.zero), file, record)
         zeros.tell()
-        find_unit = search_flat(built, device) if kind.exact else search_index(built, nprobe)
+        whole = [(0, put_vectors(built, device))] if kind.exact else None      # find keeps built, whose memory it is
 
     def find(xq, k, first=0):
-        k = check_queries(xb, xq, k)
-        return find_unit(unit(xq, dim, "the queries", first), k)
+        k, q = check_queries(xb, xq, k), unit(xq, dim, "the queries", first)
+        if not kind.exact:
+            return search_index(built, q, k, nprobe)
+        return search_exactly(unit_blocks(xb, dim, block, zeros, row) if streamed else whole, q, k, device)
 
     return find
 
@@ -127,40 +128,23 @@ def rows_in_memory(dim, memory_gb):
     return max(1, int(memory_gb * 1e9) // (4 * dim))
 
 
-# Three ways to search: each -> find_unit(q, k) -> D, I of unit vectors q.
-
-def search_index(built, nprobe):
-    def find_unit(q, k):
-        D, I = built.search(q, k, params=find_parameters(built, built.ntotal, k, nprobe))
-        D[(D > 5) | ~q.any(1, keepdims=True)] = 2          # one of the two is zero: cosine 0
-        return np.where(I < 0, np.inf, D), I
-    return find_unit
+def search_index(built, q, k, nprobe):
+    D, I = built.search(q, k, params=find_parameters(built, built.ntotal, k, nprobe))
+    D[(D > 5) | ~q.any(1, keepdims=True)] = 2          # one of the two is zero: cosine 0
+    return np.where(I < 0, np.inf, D), I
 
 
-def search_flat(built, device):
-    """A GPU gets the database once, not for each search."""
+def put_vectors(built, device):
+    """-> a flat index's vectors where they are searched. A GPU gets them once, not for each search."""
     vectors = view_vectors(built)
-    if device != "cpu":
-        vectors = torch.as_tensor(vectors, device=device)
-
-    def find_unit(q, k):
-        return search_exactly([(0, vectors)], q, k, device)
-    find_unit.index = built                   # keeps the vectors, which are not copied on a CPU
-    return find_unit
-
-
-def search_blocks(xb, dim, block, zeros, device, row):
-    def find_unit(q, k):
-        found = search_exactly(unit_blocks(xb, dim, block, zeros, row), q, k, device)
-        zeros.tell()
-        return found
-    return find_unit
+    return vectors if device == "cpu" else torch.as_tensor(vectors, device=device)
 
 
 def unit_blocks(xb, dim, block, zeros, row=0):
     """Yield (number of the first row, [<= block, dim] unit vectors) over the database."""
     for lo in tqdm(range(0, len(xb), block), desc="blocks", delay=2, leave=False):
         yield lo, unit(xb[lo:lo + block], dim, first=row + lo, zeros=zeros)
+    zeros.tell()
 
 
 def search_exactly(blocks, q, k, device):

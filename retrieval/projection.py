@@ -58,12 +58,19 @@ def project(study, method, size=None):
     made = []
     for path, X, y in zip(data.files, (data.xb, data.xq), study.labels(data), strict=True):
         target = path.with_name(re.sub(r"_ff\d+-X", f"_{method}_ff{size}-X", path.name))
+        check_alone(target)
         source = {"method": method, "database": data.record["database"], "file": fingerprint(path, X)}
         if not (target.exists() and json_contains(target.with_suffix(".json"), {"dim": size, "projection": source})):
             about = (read_json(path.with_suffix(".json")) or {}) | {"projection": source}
             write_projected(target, X, y, find(), about)
         made.append(target)
     return made
+
+
+def check_alone(target):
+    """One projection has one file, whose prefixes are its sizes: of two, --model could not name one."""
+    if others := sorted({*target.parent.glob(re.sub(r"_ff\d+-X", "_ff*-X", target.name))} - {target}):
+        raise InputError(f"{others[0]}: the same projection to another --size: give that one, or remove the file")
 
 
 def write_projected(path, X, y, matrix, about):
@@ -77,6 +84,6 @@ def write_projected(path, X, y, matrix, about):
         projected.flush()
     with replacing(labels_file(path)) as temporary:
         np.save(temporary, y)
-    sizes = default_nesting_list(shape[1], min(3, shape[1].bit_length() - 1))
-    write_json(path.with_suffix(".json"), about | {"n": shape[0], "dim": shape[1], "dtype": "float32",
-                                                   "nesting_list": sizes, "complete": True})
+    write_json(path.with_suffix(".json"), about | {
+        "n": shape[0], "dim": shape[1], "dtype": "float32", "nesting_list": default_nesting_list(shape[1]),
+        "complete": True})

@@ -13,7 +13,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from metrics import KS
-from stages import ensure_k_neighbors, ensure_reranked, ensure_served, find_truth, score
+from serving import check_shortlist
+from stages import ensure_k_neighbors, ensure_neighbors, ensure_reranked, ensure_served, find_truth, score
 from study import PROJECTIONS
 
 from mrl_files import InputError, replacing
@@ -40,7 +41,13 @@ def report(study, indexes=("exactl2",), sizes=None, shortlist=200, ks=KS, storag
     sizes: None is all that inference noted. shortlist: of the adaptive grid. ks: of the metrics; 10 is always there.
     storages: the grid once more, by serving indexes that store so what they re-rank (rows of indexes.STORES).
     """
-    ks = sorted({DRAWN, *ks})
+    ks, sizes = sorted({DRAWN, *ks}), choose_sizes(study, sizes)
+    n = len(study.data(sizes[0]).xb)
+    if n < DRAWN:
+        raise InputError(f"the database has {n} vectors; a report judges the first {DRAWN} neighbours")
+    shortlist = min(shortlist, n)
+    if storages:
+        check_shortlist(shortlist, n)
     truth = ensure_truth(study)
     rows = [score(of_index, file, ks, truth) for of_index in map(study.with_index, indexes)
             for file in ensure_lists(of_index, sizes, shortlist, ks, storages)]
@@ -72,15 +79,12 @@ def ensure_truth(study):
 
 
 def ensure_lists(study, sizes, shortlist, ks, storages):
-    """Yield the files of all lists of the study."""
-    n = len(study.data(min(sizes or study.sizes)).xb)
-    if n < DRAWN:
-        raise InputError(f"the database has {n} vectors; a report judges the first {DRAWN} neighbours")
-    shortlist = min(shortlist, n)
+    """Yield the files of all lists of the study. Those of a search are all of one length: times of others, which may
+    be there, would not compare."""
+    n = len(study.data(sizes[0]).xb)
     k = max(shortlist, *(min(k, n) for k in ks))
-    sizes = choose_sizes(study, sizes)
     for size in sizes:
-        yield ensure_k_neighbors(study, size, k)
+        yield ensure_neighbors(study, size, k)
     if study.task.model != "ff":
         for stages in list_stages(sizes, study.task.dataset, shortlist, n):
             yield ensure_reranked(study, *stages)
@@ -107,11 +111,14 @@ def list_stages(sizes, dataset, shortlist, n):
 
 
 def format_table(table):
-    """-> the table as people read it: accuracies in per cent, other ks and quartiles of times left to the CSV."""
-    shown = [c for c in table.columns if ("@" not in c or c in ("mAP@10", "recall@10", "neighbors@10"))
-             and c not in ("ms_low", "ms_high")]
+    """-> the table as people read it: accuracies in per cent; other ks, and the spread of times, left to the CSV."""
+    shown = [c for c in table.columns if c not in ("ms_low", "ms_high", "build_s")
+             and ("@" not in c or c in ("mAP@10", "recall@10", "neighbors@10"))]
     fractions = {c: 100 * table[c] for c in shown if c == "top1" or "@" in c}
-    return table.assign(**fractions)[shown].to_string(index=False, na_rep="", float_format="{:.4g}".format)
+    formats = dict.fromkeys(fractions, "{:.2f}".format) | {
+        "mflops": "{:.4g}".format, "bytes_per_vector": "{:.0f}".format, "queries_per_s": "{:,.0f}".format,
+        "ms_per_query": "{:.3f}".format}
+    return table.assign(**fractions)[shown].to_string(index=False, na_rep="", formatters=formats)
 
 
 # ------------------------------------------------------------------------------------------------ pictures

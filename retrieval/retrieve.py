@@ -44,7 +44,7 @@ def arguments():
         add(command)
         if name in FIRST_STAGE:
             add_first_stage(command, several_indexes=name == "report")
-        add_results(command)
+        add_results(command, lists=name not in ("metrics", "index", "project"))
         if name != "qdrant":
             add_search_place(command)
     return parser
@@ -64,11 +64,12 @@ def add_embeddings(command):
     add("--model", default=default.model, choices=MODELS, metavar="MODEL", help="%(choices)s (default %(default)s)")
 
 
-def add_results(command):
-    add = command.add_argument
-    add("--output", type=file_path, default=Task().output,
-        help="folder for index_files/, neighbors/, report/ (this one)")
-    add("--csv", action="store_true", help="lists as header-less CSV, the original's format, not .npy")
+def add_results(command, lists):
+    command.add_argument("--output", type=file_path, default=Task().output,
+                         help="folder for index_files/, neighbors/, report/ (this one)")
+    if lists:
+        command.add_argument("--csv", action="store_true",
+                             help="lists as header-less CSV, the original's format, not .npy")
 
 
 def add_search_place(command):
@@ -124,7 +125,8 @@ def add_report(command):
 
 def add_index(command):
     command.add_argument("--retrieval_dim", type=COUNT, required=True, help="size of the shortlist's search: D_s")
-    command.add_argument("--rerank_dim", type=COUNT, help="size it is re-ranked at: D_r (the full width)")
+    command.add_argument("--rerank_dim", "--rerank_dims", type=COUNT,
+                         help="size it is re-ranked at: D_r (the full width)")
     command.add_argument("--shortlist", type=COUNT, default=200, help="candidates re-ranked for k = 10 (%(default)s)")
     command.add_argument("--storage", default="float32", choices=STORES, help="of what is re-ranked (%(default)s)")
 
@@ -180,9 +182,10 @@ def funnel_command(study, args):
 def metrics_command(study, args):
     """mAP, precision, recall, top-k, MFLOPs and time of neighbour lists"""
     rows = [score(study, file, args.ks) for file in args.lists] if args.lists else score_all(study, args.ks)
-    table = pd.DataFrame(rows)
+    table, path = pd.DataFrame(rows), report_file(study.task, "metrics.csv")
     print(format_table(table))
-    write_table(table, report_file(study.task, "metrics.csv"))
+    write_table(table, path)
+    print(f"all columns: {path}", file=sys.stderr)
 
 
 def report_command(study, args):

@@ -13,7 +13,7 @@ from neighbors import Zeros, check_size, unit
 
 from mrl_files import InputError
 
-K = 10      # neighbours for which an index re-ranks as many candidates as it was told: 2 K asked for, twice as many
+K = 10      # FAISS stores a shortlist as a factor of k: it is as long as told for 10 neighbours, twice as long for 20
 
 
 def adaptive_index(xb, retrieval_dim, rerank_dim=None, index="hnsw32", shortlist=200, storage="float32",
@@ -27,9 +27,7 @@ def adaptive_index(xb, retrieval_dim, rerank_dim=None, index="hnsw32", shortlist
     """
     retrieval_dim = check_size(xb, retrieval_dim)
     rerank_dim = check_size(xb, rerank_dim or xb.shape[1])
-    if not K <= shortlist <= min(len(xb), 1000 * K):      # FAISS keeps it as a factor of k, from 1 to 1,000
-        raise InputError(f"--shortlist={shortlist} is not between {K} and {min(len(xb), 1000 * K)} "
-                         f"(the database has {len(xb)} vectors)")
+    check_shortlist(shortlist, len(xb))
     if storage not in STORES:
         raise InputError(f"unknown storage {storage!r}: {', '.join(STORES)}")
     kind = find_kind(index)
@@ -46,6 +44,12 @@ def adaptive_index(xb, retrieval_dim, rerank_dim=None, index="hnsw32", shortlist
     built = build(xb, new, prepare, file, record)
     zeros.tell()
     return built
+
+
+def check_shortlist(shortlist, n):
+    if not K <= shortlist <= min(n, 1000 * K):      # FAISS keeps it as a factor of k, from 1 to 1,000
+        raise InputError(f"--shortlist={shortlist} is not between {K} and {min(n, 1000 * K)} "
+                         f"(the database has {n} vectors)")
 
 
 def new_store(xb, dim, storage):

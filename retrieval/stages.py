@@ -74,6 +74,8 @@ def ensure_reranked(study, retrieval_dim, rerank_dims, shortlists, k=None):
     rerank_dims, shortlists = tuple(rerank_dims), tuple(shortlists)
     check_stages(study.task, rerank_dims, shortlists, k)
     data = study.data(max((retrieval_dim, *rerank_dims)))
+    if shortlists[0] > len(data.xb):
+        raise InputError(f"a shortlist of {shortlists[0]} is longer than the database, {len(data.xb)} vectors")
     source = (ensure_neighbors(study, retrieval_dim, k) if k
               else ensure_k_neighbors(study, retrieval_dim, shortlists[0]))
     I = read_list(source, len(data.xb), len(data.xq))
@@ -302,6 +304,7 @@ def describe(recipe, n):
     return {"method": " ".join(filter(None, (recipe.method, recipe.storage))),
             "index": recipe.index, "retrieval_dim": recipe.retrieval_dim,
             "rerank_dims": ",".join(map(str, recipe.rerank_dims)), "shortlists": ",".join(map(str, recipe.shortlists)),
+            "k": recipe.length,
             "mflops": count_mflops(n, recipe.retrieval_dim, recipe.rerank_dims, recipe.shortlists)}
 
 

@@ -121,3 +121,20 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]
+
+
+def fork(work):
+    """Do it in a process of its own, which inherits all that is here. -> its number, for `statuses`."""
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        work()
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def statuses(pids):
+    """-> how each has ended; waits for that."""
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]

@@ -214,7 +214,7 @@ TABLE = [
           ("cut", '{"model": {', r"params\.json"),
           ("other words", {"model": {"arch": NET, "hat": 1}}, r"params\.json"),
           ("a billion classes", {"model": {"arch": NET, "head": "ff8", "num_classes": 10 ** 9}}, r"does not fit"))),
-    Row("flags that contradict the run", INFER + " --rep_size 16", "head=ff16 was asked for"),
+    Row("flags that contradict the run", INFER + " --efficient", "head=mrl_e was asked for"),
     Row("an unknown set", INFER + " --dataset imagenet", "--dataset imagenet"),
     Row("no data", INFER + " --data_root {here}/nothing", "/nothing/val"),
     Row("an empty class folder", INFER + " --data_root {here}/data", "1 class folder.* hold no images: 3",

@@ -146,7 +146,8 @@ def test_the_papers_figures_stand_beside_imagenets(tmp_path):
     rows = pd.DataFrame(measure(study, [8], 4, [1], []), columns=adanns.COLUMNS)
     table = adanns.add_paper(rows, study)
     assert table.paper_top1.tolist()[0] == 0.6219 and table.paper_top1.isna().tolist() == [False, True]
-    assert "| MRL | exact |  | 8 |  |  | 0.008 | 0 | 100 | 100 | 62.19 |\n" in adanns.format_study(table, study)
+    text = adanns.format_study(table, study)
+    assert "| MRL | exact |  | 8 |  |  | 0.008 | 0.00% | 100.00% | 100.00% | 62.19% |\n" in text
     names = [text.get_text() for text in adanns.draw_compute(table, study).axes[0].get_legend().get_texts()]
     assert names[-2:] == ["exact, the MRL paper's", "IVF-RR and AdANNS-IVF, its authors'"]
 

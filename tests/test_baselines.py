@@ -117,7 +117,7 @@ def test_svd_command(tmp_path, monkeypatch):
     assert result["top1"][1] == 1.0 > result["top1"][0]                   # rank 5 is the whole 5-class matrix
 
     (tmp_path / "run" / "params.json").unlink()
-    with pytest.raises(InputError, match=r"does not fit resnet50 .*: give --arch"):
+    with pytest.raises(InputError, match=r"does not fit resnet50 .* give arch \(--arch\)"):
         command(monkeypatch, [*flags, "--path", path])
     command(monkeypatch, [*flags, "--path", path, "--arch", "resnet18", "--sizes", 5])
     assert json.loads((tmp_path / "svd_dataset=1K_model=mrl0_e0_ff512.json").read_text())["top1"] == [1.0]

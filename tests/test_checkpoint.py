@@ -4,6 +4,7 @@ import json
 import checkpoint
 import pytest
 import torch
+from forked import fork, statuses
 
 from mrl_files import InputError
 
@@ -64,9 +65,12 @@ def test_what_killed_saves_left_is_removed(tmp_path):
 
 
 def test_one_run_at_a_time_trains_in_a_folder(tmp_path):
-    with checkpoint.lock_folder(tmp_path), pytest.raises(InputError, match="another process trains in it"):
-        with checkpoint.lock_folder(tmp_path):
+    def a_second():
+        with pytest.raises(InputError, match="another process trains in it"), checkpoint.lock_folder(tmp_path):
             pass
+
+    with checkpoint.lock_folder(tmp_path):
+        assert statuses([fork(a_second)]) == [0]
     with checkpoint.lock_folder(tmp_path):
         pass
 

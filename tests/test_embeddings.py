@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from embeddings import Files, describe_dump, dump, remove_head
-from forked import Forked
+from forked import Forked, fork, statuses
 from image_set import ImageSet, Preparation
 from image_trees import SIZE, ColourReader, make_tree
 
@@ -158,10 +158,13 @@ def test_a_second_command_for_the_same_dump_is_refused(tmp_path, workers):
     images, stem = image_set(tmp_path / "tree"), tmp_path / "out" / "m"
     begun = {}
 
+    def a_second():
+        with pytest.raises(InputError, match=r"m-X.npy: another process writes it"):
+            write(images, stem)
+
     class Asks(Features):
         def forward(self, x):
-            with pytest.raises(InputError, match=r"m-X.npy: another process writes it"):
-                write(images, stem)
+            assert statuses([fork(a_second)]) == [0]
             begun.update(contents(tmp_path / "out"))
             raise KeyboardInterrupt
 

@@ -319,8 +319,7 @@ def test_rep_size_cuts_a_nested_models_embeddings(command, trained, tmp_path, he
 
 
 def test_embeddings_are_cut_between_two_sizes_too_but_not_past_the_last(command, trained, tmp_path):
-    path, words = trained("mrl"), ["--mrl", "--retrieval", "--retrieval_array_path",
-                                                      tmp_path / "arrays"]
+    path, words = trained("mrl"), ["--retrieval", "--retrieval_array_path", tmp_path / "arrays"]
     command("--path", path, "--rep_size", 20, *words)
     about = json.loads((tmp_path / "arrays" / "1K_train_mrl1_e0_ff20-X.json").read_text())
     assert (about["dim"], about["nesting_list"]) == (20, [8, 16, 20])
@@ -391,7 +390,7 @@ def test_database_and_queries_must_have_the_same_classes(command, trained, root)
     (["--mrl"], "head=mrl was asked for, params.json beside it says ff8"),
     (["--resize", "7"], "--resize 7 is smaller than --crop 8"),
     (["--retrieval", "--rep_size", "16"], "head=ff16 was asked for, params.json beside it says ff8"),
-    (["--nesting_list", "16", "8"], "nesting_list must hold increasing positive integers"),
+    (["--nesting_list", "8,16"], r"nesting_list=\[8, 16\] was asked for, params.json beside it says \[8\]"),
 ])
 def test_bad_flags(command, trained, words, message):
     with pytest.raises(InputError, match=message):
@@ -404,7 +403,6 @@ def test_bad_flags(command, trained, words, message):
     (["--random_sample_dim", "7"], "--random_sample_dim does nothing without --retrieval"),
     (["--output", "a", "--retrieval"], "--output does nothing with --retrieval"),
     (["--save_gt", "--retrieval"], "--save_gt does nothing with --retrieval"),
-    (["--nesting_list", "8,16"], "--nesting_list does nothing here: a fixed-feature model has one size"),
 ])
 def test_flags_that_do_nothing_are_warned_of(command, trained, tmp_path, capsys, words, says):
     """The original ran on."""
@@ -414,9 +412,8 @@ def test_flags_that_do_nothing_are_warned_of(command, trained, tmp_path, capsys,
     assert names(tmp_path / ("arrays" if arrays else "out")) and not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("words", [["8,16"], ["8", "16"], ["8,", "16"]])
-def test_sizes_are_spelled_with_commas_or_spaces(monkeypatch, words):
-    monkeypatch.setattr("sys.argv", ["pytorch_inference.py", "--path", "w.pt", "--nesting_list", *words])
+def test_sizes_are_spelled_as_train_spells_them(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["pytorch_inference.py", "--path", "w.pt", "--nesting_list", "8,16"])
     assert parse_arguments().nesting_list == [8, 16]
 
 

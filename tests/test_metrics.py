@@ -67,12 +67,6 @@ def test_time_one_query_is_the_median_of_single_queries(monkeypatch):
     assert asked == [0, *range(20), *range(10)]                        # the first is the warm-up
 
 
-def test_time_one_query_of_a_search_that_reads_a_large_file_are_those_of_the_first(monkeypatch):
-    clock, asked = iter([0, 31, 31]), []
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    assert time_one_query(asked.append, queries=3)["ms"] == 31_000 and asked == [0]
-
-
 def test_time_one_query_stops_after_its_time():
     asked = []
     time_one_query(asked.append, queries=50, seconds=0)

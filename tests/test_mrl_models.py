@@ -239,7 +239,7 @@ def test_a_bare_nested_file_of_one_size(tmp_path):
     ("mrl_e", {"arch": "resnet18"}, "give nesting_list"),
     ("mrl", {"arch": "resnet18", "head": "ff512"}, "head=ff512 was asked for, the file holds mrl"),
     ("mrl", {"arch": "resnet18", "nesting_list": [8]}, "was asked for, the file holds"),
-    ("mrl", {"arch": "resnet34"}, r"weights.pt: does not fit resnet34 .*; for another network: give arch"),
+    ("mrl", {"arch": "resnet34"}, r"weights.pt: does not fit resnet34 .*; for another network give arch"),
     ("mrl", {"arch": "resnet999"}, r"weights.pt: unknown architecture 'resnet999'"),
     ("ff16", {"arch": "resnet18", "nesting_list": [8]}, r"weights.pt: head ff16 has the one size 16"),
     ("ff16", {"arch": "resnet18", "old_ckpt": True}, r"weights.pt: .*give head"),

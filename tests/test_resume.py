@@ -13,7 +13,7 @@ import launch
 import pytest
 import torch
 import train_imagenet
-from forked import Forked, free_port, run_torchrun
+from forked import Forked, fork, free_port, run_torchrun, statuses
 
 import mrl_models
 from mrl_files import InputError
@@ -111,9 +111,18 @@ def test_a_run_goes_on_only_as_it_began(train, monkeypatch):
 
 
 def test_a_second_process_is_kept_out_of_a_run(train, tmp_path):
-    (tmp_path / "run").mkdir()
-    with checkpoint.lock_folder(tmp_path / "run"), pytest.raises(InputError, match="another process trains in it"):
+    def hold():
+        with checkpoint.lock_folder(tmp_path / "run"):
+            (tmp_path / "held").touch()
+            time.sleep(100)
+
+    holder = fork(hold)
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    with pytest.raises(InputError, match="another process trains in it"):
         train("run")
+    os.kill(holder, signal.SIGKILL)
+    assert statuses([holder]) == [-signal.SIGKILL]
 
 
 def test_a_killed_run_ends_alike(train, images, tmp_path, monkeypatch):

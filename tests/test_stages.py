@@ -202,7 +202,7 @@ def test_a_score_is_one_row_of_the_table(task):
     assert row["ms_low"] <= row["ms_per_query"] <= row["ms_high"]
     assert row | times == pytest.approx({
         "method": "funnel", "index": "exactl2", "retrieval_dim": 8, "rerank_dims": "16,32", "shortlists": "50,12",
-        "mflops": count_mflops(400, 8, [16, 32], [50, 12]), "top1": (YB[I[:, 0]] == YQ).mean(),
+        "k": 12, "mflops": count_mflops(400, 8, [16, 32], [50, 12]), "top1": (YB[I[:, 0]] == YQ).mean(),
         "mAP@10": row["mAP@10"], "precision@10": (YB[I[:, :10]] == YQ[:, None]).mean(),
         "recall@10": ((YB[I[:, :10]] == YQ[:, None]).sum(1) / np.bincount(YB)[YQ]).mean(),
         "topk@10": (YB[I[:, :10]] == YQ[:, None]).any(1).mean(), "bytes_per_vector": size / 400 + 32 * 4, **times})
@@ -326,7 +326,7 @@ def test_the_serving_index_is_kept(task):
     (lambda task: search(task, 8, 401), "k=401 is not between 1 and the 400 vectors"),
     (lambda task: search(task._replace(index="hnsw16"), 8, 10), "unknown index 'hnsw16'"),
     (lambda task: rerank(task, 8, [64], [10]), "size 64 is past them"),
-    (lambda task: rerank(task, 8, [32], [500]), "k=500 is not between"),
+    (lambda task: rerank(task, 8, [32], [500]), "a shortlist of 500 is longer than the database, 400 vectors"),
     (lambda task: rerank(task, 8, [32], [50], k=20), "k=20: the list to begin with is shorter than"),
     (lambda task: serve(task, 8, 64), "size 64 is past them"),
     (lambda task: serve(task, 8, shortlist=5), "shortlist=5 is not between 10 and 400"),

@@ -158,8 +158,11 @@ def test_weights_can_be_validated_alone(trained, ffcv_folder, run_here, tmp_path
     done = run_here("train", command(MODELS["mrl"], tmp_path, ffcv_folder, "--training.distributed=0",
                                      f"--training.eval_only=1 --training.path={folder}/final_weights.pt"))
     (record,) = map(json.loads, (folder / "log").read_text().splitlines())
-    for key in ("top_1_8", "top_5_2048", "val_loss_8"):
-        assert f"{key}: {record[key]:.4f}" in done.stdout
+    first, *_, last = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+) +([\d.]+)$", done.stdout, re.M)
+    for (size, top_1, top_5, loss), expected in ((first, 8), (last, 2048)):
+        assert int(size) == expected
+        assert (top_1, top_5) == tuple(f"{100 * record[f'{key}_{size}']:.2f}" for key in ("top_1", "top_5"))
+        assert loss == f"{record[f'val_loss_{size}']:.4f}"
 
 
 @pytest.mark.parametrize("name", ["../../evil", "a/b", "/tmp", "..", "."])

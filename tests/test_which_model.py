@@ -124,7 +124,6 @@ def test_a_run_needs_only_its_path(tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     ({"mrl": True}, "head=mrl was asked for, params.json beside it says mrl_e"),
-    ({"rep_size": 8}, "head=ff8 was asked for"),
     ({"arch": "resnet50"}, "arch=resnet50 was asked for"),
     ({"efficient": True, "nesting_list": [8, 512]}, "nesting_list"),
     ({"efficient": True, "rep_size": 2048}, "--rep_size 2048 was asked for, the file holds sizes up to 512"),
@@ -135,15 +134,20 @@ def test_flags_that_contradict_params_json(tmp_path, flags, message):
 
 
 @pytest.mark.parametrize("head, flags, message", [
-    ("mrl", {"mrl": True}, r"does not fit resnet50 with head mrl .*; for another network: give --arch"),
-    ("mrl_e", {"arch": "resnet18"}, "do not show in a file: give --nesting_list"),
-    ("ff512", {"arch": "resnet18", "old_ckpt": True}, "give --mrl, --efficient or --rep_size"),
-    ("ff512", {"arch": "resnet18", "efficient": True}, "if it is a released MRL-E file: give --old_ckpt"),
+    ("mrl", {"mrl": True}, r"does not fit resnet50 with head mrl .*; for another network give arch \(--arch\)"),
+    ("mrl_e", {"arch": "resnet18"}, r"do not show in a file: give nesting_list \(--efficient .*"),
+    ("ff512", {"arch": "resnet18", "old_ckpt": True}, r"give head \(--mrl, --efficient or --rep_size\)"),
+    ("ff512", {"arch": "resnet18", "efficient": True}, r"if it is a released MRL-E file: give old_ckpt \(--old_ckpt\)"),
 ])
 def test_what_a_bare_file_leaves_open_is_an_error_that_names_file_and_flag(tmp_path, head, flags, message):
     path = bare(tmp_path, head=head)
     with pytest.raises(InputError, match=f"^{path}: .*{message}$"):
         load(path, **flags)
+
+
+def test_of_a_nested_run_rep_size_says_nothing_of_the_head(tmp_path):
+    """It is where embeddings are cut."""
+    assert load(make_run(tmp_path, "mrl_e"), rep_size=8).spec["head"] == "mrl_e"
 
 
 def test_shapes_show_the_head(tmp_path):
@@ -160,15 +164,6 @@ def test_sizes_of_a_bare_mrl_e_file(tmp_path, capsys):
     assert load(path, arch="resnet18", efficient=True, nesting_list=sizes).spec["nesting_list"] == sizes
     with pytest.raises(InputError, match="nesting_list"):
         load(path, arch="resnet18")
-
-
-@pytest.mark.parametrize("name", ["weights.pt", "r18_mrl0_e0_ff16.pt"])
-def test_sizes_of_nested_models_are_not_asked_of_a_fixed_feature_model(tmp_path, name):
-    """ff16.pt beside an MRL-E file that needs --nesting_list; with and without params.json."""
-    path = bare(tmp_path, head="ff16").rename(tmp_path / name)
-    flags = {"nesting_list": [8, 512], "old_ckpt": name != "weights.pt"}
-    assert load(path, arch="resnet18", **flags).spec["nesting_list"] == [16]
-    assert load(make_run(tmp_path / "run", "ff16"), nesting_list=[8, 512]).spec["nesting_list"] == [16]
 
 
 def test_flags_against_a_released_name(tmp_path):

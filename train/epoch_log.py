@@ -11,6 +11,9 @@ import torch
 
 from mrl_files import replacing
 
+COLUMNS = {"top_1": "   top-1 %", "top_5": "   top-5 %", "val_loss": "  val loss", "train_loss": "  train loss",
+           "ema_top_1": "  ema top-1 %"}
+
 
 class Stopwatch:
     """Moments on the device's own time line: CUDA events (no waiting for the GPU) or the host's clock."""
@@ -61,14 +64,17 @@ def format_table(record, spec, epochs):
     if record["waiting_for_data"] > 0.2:
         lines.append(f"  hint: the device of process {record['waiting_most']} waits for data; more "
                      "--data.num_workers, more CPU cores, or a file with fewer JPEGs (write_imagenet.sh) would help")
-    if "val_images" in record:
-        average = any(key.startswith("ema_") for key in record)
-        lines.append("    size   top-1 %   top-5 %  val loss  train loss" + average * "  ema top-1 %")
-        for size, end in zip(spec["nesting_list"], endings(spec), strict=True):
-            top_1, top_5, val, train = (record[f"{k}{end}"] for k in ("top_1", "top_5", "val_loss", "train_loss"))
-            ema = f" {100 * record[f'ema_top_1{end}']:12.2f}" if average else ""
-            lines.append(f"  {size:6d} {100 * top_1:9.2f} {100 * top_5:9.2f} {val:9.4f} {train:11.4f}{ema}")
-    return "\n".join(lines)
+    return "\n".join(lines + format_sizes(record, spec) if "val_images" in record else lines)
+
+
+def format_sizes(record, spec):
+    """-> lines: a row a size, accuracies in per cent, of the COLUMNS that the record has."""
+    there = {key: heading for key, heading in COLUMNS.items() if f"{key}{endings(spec)[0]}" in record}
+    rows = [f"  {size:6d}" + "".join(
+        f" {100 * record[key + end]:{len(heading) - 1}.2f}" if "%" in heading else
+        f" {record[key + end]:{len(heading) - 1}.4f}"
+        for key, heading in there.items()) for size, end in zip(spec["nesting_list"], endings(spec), strict=True)]
+    return ["    size" + "".join(there.values()), *rows]
 
 
 def append_log(folder, record):

@@ -6,6 +6,7 @@ which alone FFCV is imported. Both cut images as augmentation.py draws it. Used 
 import importlib
 import os
 import sys
+from functools import cache
 
 import folder_loader
 import launch
@@ -57,8 +58,10 @@ def check_data(train, val, num_classes):
     return images
 
 
+@cache
 def count_workers(asked):
-    """-> threads (of FFCV) or processes (of DataLoader) for decoding: 0 is one for each core, and there are no more."""
+    """-> threads (of FFCV) or processes (of DataLoader) for decoding: 0 is one for each core, and there are no more.
+    What it says, it says once, for the loaders of training and of validation."""
     available = numba.config.NUMBA_NUM_THREADS
     if asked > available and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"data.num_workers={asked}: this machine has {available} cores, using {available}")

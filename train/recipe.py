@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from MRL import Matryoshka_CE_Loss
-from mrl_files import InputError, describe_error
+from mrl_files import InputError, describe_error, numbers
 from mrl_models import (
     build_from_spec,
     build_model,
@@ -31,7 +31,7 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 def read_numbers(text, kind, flag):
     """'8,16,32' -> [8, 16, 32]; None stays None."""
     try:
-        return None if text is None else [kind(word) for word in str(text).strip("[]() ").split(",")]
+        return None if text is None else numbers(kind)(str(text))
     except ValueError:
         raise InputError(f"--{flag}={text}: expected numbers separated by commas") from None
 

@@ -152,7 +152,7 @@ def validate_only(trainer, val):
     record = {"epoch": -1, "timestamp": time.time(), **trainer.validate(val)}
     if trainer.process.first:
         epoch_log.append_log(trainer.folder, record)
-        print("\n".join(f"{k}: {x:.4f}" for k, x in record.items() if k.startswith(("top", "val_loss"))))
+        print("\n".join(epoch_log.format_sizes(record, trainer.spec)))
 
 
 def run_folder(settings):

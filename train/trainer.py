@@ -53,12 +53,10 @@ class Trainer:
         if settings.training.compile:
             torch._dynamo.config.cache_size_limit = 64      # a graph for each resolution and each size of a batch
             self.model.compile(dynamic=False)
-        self.parallel = self.model if process.alone else self.data_parallel()
-        torch.manual_seed(settings.training.seed + 1 + process.rank)      # dropout differs between processes
-
-    def data_parallel(self):
         devices = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(self.model, devices, gradient_as_bucket_view=True)
+        self.parallel = self.model if process.alone else nn.parallel.DistributedDataParallel(
+            self.model, devices, gradient_as_bucket_view=True)
+        torch.manual_seed(settings.training.seed + 1 + process.rank)      # dropout differs between processes
 
     # ---- training
 

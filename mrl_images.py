@@ -99,7 +99,7 @@ def image_names(folder, class_name):
     seen, found = with_parents(top), []
     for base, folders, names in os.walk(top, onerror=stop, followlinks=True):
         folders[:] = [name for name in sorted(folders)
-                      if not name.startswith(".") and enter(os.path.join(base, name), seen)]
+                      if not name.startswith(".") and is_new(os.path.join(base, name), seen)]
         found.append((base, [name for name in sorted(names) if is_image(name)]))
     paths = [os.path.join(base, name) for base, names in sorted(found) for name in names]
     return np.array([os.fsencode(path[len(top) + 1:]) for path in paths], dtype=bytes)
@@ -111,7 +111,7 @@ def with_parents(folder):
     return {str(path) for path in (real, *real.parents)}
 
 
-def enter(path, seen):
+def is_new(path, seen):
     """-> is this folder new? From now on it is among those seen."""
     real = os.path.realpath(path)
     fresh = real not in seen

@@ -154,7 +154,7 @@ def describe_dump(about, precision="fp32", storage="fp32"):
 
 
 def check_dump(files, about, skip_bad_images, overwrite):
-    """Refuse a dump that would replace another one, or that is complete without images which are now wanted."""
+    """Refuse a dump that would replace another one, or one that left out unreadable images, unless it may again."""
     check_free(files.begun, about, overwrite)
     check_free(files.about, about, overwrite, *([] if files.begun.exists() else [files.X, files.y]))
     skipped = (read_json(files.about) or {}).get("skipped")

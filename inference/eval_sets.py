@@ -130,7 +130,7 @@ def choose_classes(row, folder, found, num_classes, any_classes):
 
 
 def is_own(found, num_classes, any_classes):
-    """Is it a set of classes of its own, and not ImageNet's, or some of them for a checkpoint of all 1,000?"""
+    """True for a user's own classes; False for ImageNet's 1,000, or a part of them."""
     if num_classes == 1000 or (any_classes and num_classes != len(found)):
         return not set(found) & set(read_synsets(SYNSETS))
     return True

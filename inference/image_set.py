@@ -18,7 +18,7 @@ from mrl_models import MEAN, STD
 class ImageSet(Dataset):
     """Images of class folders: item i is (x [3, crop, crop] float32 normalised, y int).
 
-    An unreadable file is (zeros, -1): batches keep their composition, and the caller decides what it means.
+    An unreadable file is (zeros, -1), so that batches keep their size; the caller decides whether that is an error.
     classes: folder names, label order. found: those that are there (None: all). subset: logits to keep, or None.
     labels: int64 [N].
     File names are kept as one array of bytes: a list of a million strings would be copied into every worker.

@@ -157,7 +157,7 @@ def read_policy(path):
 def tuned_on(policy, info, n):
     """-> bool [n]: which images of the set the policy was tuned on."""
     key = "dataset" if None in (policy["images"], info["images"]) else "images"
-    if not outputs.same(policy[key], info[key]):
+    if not outputs.same_name(policy[key], info[key]):
         return np.zeros(n, bool)
     if policy["n"] != n:
         raise InputError(f"the policy was tuned on {policy['dataset']} with {policy['n']} images, here it has {n}")

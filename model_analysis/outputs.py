@@ -60,7 +60,7 @@ def find(folder, wanted):
     if len(fitting) > 1:
         raise InputError(f"{folder}: several files fit: {', '.join(p.name for p in fitting)}; keep one of them there")
     if not fitting:
-        there = [path.name for path, name in named.items() if name and same(name["dataset"], wanted["dataset"])]
+        there = [path.name for path, name in named.items() if name and same_name(name["dataset"], wanted["dataset"])]
         raise InputError(f"{folder}: no {wanted['kind']} of {wanted['head']} on {wanted['dataset']} with "
                          f"tta={wanted['tta']} (for this set it holds: {', '.join(there) or 'nothing'}); make it: "
                          + inference_command(wanted))
@@ -68,7 +68,7 @@ def find(folder, wanted):
 
 
 def find_gt(folder, wanted):
-    fitting = [path for path in saved_files(folder) if same(path.stem, f"gt_dataset={wanted['dataset']}")]
+    fitting = [path for path in saved_files(folder) if same_name(path.stem, f"gt_dataset={wanted['dataset']}")]
     if len(fitting) != 1:
         raise InputError(f"{folder}: {len(fitting) or 'no'} gt_dataset={wanted['dataset']}.pth (the true classes); "
                          f"make it: {inference_command(wanted)}")
@@ -93,11 +93,11 @@ def parse(stem):
 
 def matches(name, wanted):
     """The size of a fixed-feature model, which the original's names leave out, may be any."""
-    return (name["kind"] == wanted["kind"] and same(name["dataset"], wanted["dataset"]) and name["tta"] == wanted["tta"]
-            and (name["head"] == wanted["head"] or (name["head"] == "ff" and wanted["head"].startswith("ff"))))
+    return (name["kind"] == wanted["kind"] and same_name(name["dataset"], wanted["dataset"])
+            and name["tta"] == wanted["tta"] and (name["head"] == wanted["head"] or (name["head"] == "ff" and wanted["head"].startswith("ff"))))
 
 
-def same(a, b):
+def same_name(a, b):
     """Upper and lower case are the same: the original's script says sketch, its README Sketch."""
     return str(a).casefold() == str(b).casefold()
 

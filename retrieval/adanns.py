@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from metrics import compute_metrics, count_mflops
 from neighbor_lists import read_list
 from neighbors import unit
-from report import MODEL_NAMES, choose_sizes, report_file, save, scale_costs, select_paper, widen
+from report import MODEL_NAMES, choose_sizes, report_file, save, scale_costs, select_paper, widen_y_axis
 from stages import SEARCH_QUERIES, ensure_k_neighbors
 from study import Study
 from tqdm import tqdm
@@ -106,7 +106,7 @@ def measure_exact(study, d):
     data = study.data(d)
     file = ensure_k_neighbors(study.with_index("exactl2"), d, min(RETRIEVED, len(data.xb)))
     I = read_list(file, len(data.xb), len(data.xq))
-    return [{"method": "exact", "d_s": d, "mflops": count_mflops(len(data.xb), d)} | judge(study, I, d)]
+    return [{"method": "exact", "d_s": d, "mflops": count_mflops(len(data.xb), d)} | measure_accuracy(study, I, d)]
 
 
 def measure_ivf(study, clusters, d_c, d_s, probes):
@@ -118,7 +118,7 @@ def measure_ivf(study, clusters, d_c, d_s, probes):
     for nprobe in probes:
         I = in_chunks(lambda part, p=nprobe: search_lists(centroids, lists, coarse.xq[part], fine.xq[part], k, p), fine)
         rows.append({"method": method, "d_c": d_c, "d_s": d_s, "nlist": nlist, "nprobe": nprobe,
-                     "mflops": count_ivf_mflops(n, d_c, d_s, nlist, nprobe)} | judge(study, I, d_s))
+                     "mflops": count_ivf_mflops(n, d_c, d_s, nlist, nprobe)} | measure_accuracy(study, I, d_s))
     return rows
 
 
@@ -128,7 +128,7 @@ def measure_quantiser(study, name, m, d):
                   lambda lo, rows: unit(rows, d, first=lo, zero=kind.zero))
     k = min(RETRIEVED, len(data.xb))
     I = in_chunks(lambda part: index.search(unit(data.xq[part], d, "the queries"), k)[1], data)
-    return [{"method": name, "d_s": d, "bytes": m} | judge(study, I, d)]
+    return [{"method": name, "d_s": d, "bytes": m} | measure_accuracy(study, I, d)]
 
 
 def in_chunks(find, data):
@@ -136,7 +136,7 @@ def in_chunks(find, data):
     return np.concatenate([find(part).astype(np.int32) for part in parts])
 
 
-def judge(study, I, d):
+def measure_accuracy(study, I, d):
     """-> accuracy (fractions). Recall: of the exact neighbours at the full width; of FF, at the size."""
     truth_dim = d if study.task.model == "ff" else study.data(max(study.sizes)).xb.shape[1]
     data = study.data(truth_dim)
@@ -256,7 +256,7 @@ def draw_compute(table, study):
     right.set(xlabel="representation size that a product quantiser reads", ylabel="top-1 (%)")
     for axes in (left, right) if len(codes) else (left,):
         axes.legend(loc="lower right", fontsize=7)
-    widen(left)
+    widen_y_axis(left)
     figure.suptitle(f"{study.task.dataset}: lines are the best at each cost, dots are all")
     return figure
 

@@ -71,8 +71,9 @@ def choose_code(dim):
 
 
 def new_index(xb, dim, kind, candidates=0, nlist=None, nprobe=None, code=None):
-    """-> an empty index for the first dim numbers of xb's rows, trained on them where it has to be. It keeps so many
-    candidates, or visits so many clusters, where a search does not say otherwise. code: a product quantiser's bytes."""
+    """-> an empty index for the first dim numbers of xb's rows, trained on them where it has to be. candidates, nprobe:
+    the index's defaults for a search (HNSW: candidates kept; IVF: clusters visited). code: a product quantiser's
+    bytes."""
     nlist = choose_clusters(len(xb), nlist) if kind.clustered else 0
     index = faiss.index_factory(dim, kind.factory.format(nlist=nlist, m=code or choose_code(dim)))
     if nlist:

@@ -31,7 +31,7 @@ KEY = "QDRANT_API_KEY"    # the environment variable with a server's key: a flag
 
 
 class Collection(NamedTuple):
-    """What is made where there is none of this name, and must fit one that there is."""
+    """A collection: made where there is none of this name; an existing one must match."""
     name: str
     sizes: tuple                         # of the vectors; the smallest has the graph
     shards: int | None = None            # None: as many as the server makes, or has
@@ -110,7 +110,7 @@ def ensure_collection(client, collection, record):
 
 
 def find_difference(params, collection):
-    """-> what of a collection there is is not as asked for; None if all is."""
+    """-> how an existing collection differs from what is asked for; None if it does not."""
     held, wanted = sorted(map(int, params.vectors)), sorted(collection.sizes)
     if held != wanted:
         return f"holds the sizes {held}, not {wanted}; name them after --sizes,"
@@ -172,7 +172,7 @@ def query(client, name, xq, retrieval_dim, rerank_dims, shortlists, first=0):
 
 
 def nest(sizes, vectors, shortlists):
-    """-> the request for one query: each stage orders what the one inside it kept, as many as the next one compares."""
+    """-> the request for one query, its stages nested: the innermost searches, each outer one re-ranks what it kept."""
     from qdrant_client.models import Prefetch, QuantizationSearchParams, QueryRequest, SearchParams
     # rescore: the next stage compares the first one's finds anew; at its own size they would be read from disk for it.
     search = SearchParams(hnsw_ef=max(shortlists[0], EF_SEARCH), quantization=QuantizationSearchParams(rescore=False))

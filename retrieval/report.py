@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from metrics import KS
 from serving import check_shortlist
-from stages import ensure_k_neighbors, ensure_neighbors, ensure_reranked, ensure_served, find_truth, score
+from stages import ensure_k_neighbors, ensure_neighbors, ensure_reranked, ensure_served, find_exact_neighbors, score
 from study import PROJECTIONS
 
 from mrl_files import InputError, replacing
@@ -48,7 +48,7 @@ def report(study, indexes=("exactl2",), sizes=None, shortlist=200, ks=KS, storag
     shortlist = min(shortlist, n)
     if storages:
         check_shortlist(shortlist, n)
-    truth = ensure_truth(study)
+    truth = ensure_exact_neighbors(study)
     rows = [score(of_index, file, ks, truth) for of_index in map(study.with_index, indexes)
             for file in ensure_lists(of_index, sizes, shortlist, ks, storages)]
     table, paper, task = pd.DataFrame(rows), select_paper(study), study.task
@@ -70,12 +70,12 @@ def write_table(table, path):
         table.to_csv(temporary, index=False)
 
 
-def ensure_truth(study):
+def ensure_exact_neighbors(study):
     """-> [q, 10] the exact neighbours at the full width; None for FF, whose sizes are different models."""
     data = study.data(max(study.sizes))
     if study.task.model != "ff" and len(data.xb) >= DRAWN:
         ensure_k_neighbors(study.with_index("exactl2"), data.xb.shape[1], DRAWN)
-    return find_truth(study)
+    return find_exact_neighbors(study)
 
 
 def ensure_lists(study, sizes, shortlist, ks, storages):
@@ -162,7 +162,7 @@ def draw_costs(table, paper, study):
     both[0].set(xlabel="MFLOPs per query", ylabel="mAP@10 (%)")
     both[1].set(xlabel="milliseconds for one query, measured")
     both[0].legend(loc="lower right")
-    widen(both[0])
+    widen_y_axis(both[0])
     task, n = study.task, len(study.data(min(study.sizes)).xb)
     figure.suptitle(f"{task.dataset}, {MODEL_NAMES[task.model]}, {n:,} database vectors: "
                     "single-shot (with its sizes), adaptive, funnel")
@@ -180,7 +180,7 @@ def draw_memory(table, study):
         scale_costs(axes)
         axes.set(xlabel="bytes a vector: the index, and the numbers that are re-ranked", ylabel=f"{column} (%)")
     both[0].legend(loc="lower right")
-    widen(both[0])
+    widen_y_axis(both[0])
     figure.suptitle(f"{study.task.dataset}, {MODEL_NAMES[study.task.model]}: memory; "
                     "neighbors@10: of the 10 nearest at the full width, those found")
     return figure
@@ -197,7 +197,7 @@ def scale_costs(axes):
     axes.grid(alpha=0.3)
 
 
-def widen(axes, points=5):
+def widen_y_axis(axes, points=5):
     """Widen the y axis to at least `points` percentage points, so that small differences do not look large."""
     low, high = axes.get_ylim()
     more = max(0, points - (high - low)) / 2

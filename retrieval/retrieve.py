@@ -25,7 +25,7 @@ from indexes import INDEXES, STORES
 from metrics import KS
 from projection import project
 from report import choose_sizes, format_table, report, report_file, write_table
-from stages import ensure_asked, ensure_neighbors, ensure_reranked, ensure_serving_index, score, score_all
+from stages import ensure_neighbors, ensure_qdrant, ensure_reranked, ensure_serving_index, score, score_all
 from study import MODELS, PROJECTIONS, Study, Task
 
 from mrl_files import bounded, command_line, file_path, leave_group
@@ -213,7 +213,7 @@ def adanns_command(study, args):
 
 def qdrant_command(study, args):
     """embeddings uploaded to Qdrant, and adaptive or funnel retrieval by it"""
-    print(ensure_asked(study, args.retrieval_dim, args.rerank_dims, args.shortlists, args.url, args.path,
+    print(ensure_qdrant(study, args.retrieval_dim, args.rerank_dims, args.shortlists, args.url, args.path,
                        args.collection, args.sizes, shards=args.shards, replicas=args.replicas,
                        quantize=args.quantize))
 

@@ -99,8 +99,8 @@ def adaptive_search(index, xq, k, shortlist=200, nprobe=None):
 
 
 def adaptive_searcher(index, k, shortlist=200, nprobe=None):
-    """-> function xq [q, D] -> D [q, k], I [q, k]. For single queries: what is asked of FAISS, which takes a third of
-    the time of one, is put together once."""
+    """-> function xq [q, D] -> D [q, k], I [q, k]. It builds FAISS's search parameters once, which saves a third of the
+    time of single queries."""
     if not 1 <= k <= shortlist <= index.ntotal:
         raise InputError(f"k={k}, shortlist={shortlist}: must be 1 <= k <= shortlist <= {index.ntotal} vectors")
     if shortlist > 1000 * k:

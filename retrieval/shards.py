@@ -63,8 +63,8 @@ def listen():
 
 
 def agree(work, *args):
-    """-> work(*args), when all processes have done theirs. What stops one of them the first raises; the others get
-    None."""
+    """-> work(*args), when all processes have done theirs. If one of them fails, the first raises its error, and the
+    others get None."""
     result = stopped = None
     try:
         result = work(*args)

@@ -101,7 +101,7 @@ def ensure_served(study, retrieval_dim, rerank_dim, shortlist, storage):
     return ensure_list(study.task, data, recipe, prepare, SEARCH_QUERIES)
 
 
-def ensure_asked(study, retrieval_dim, rerank_dims, shortlists, url=None, path=None, name=None, sizes=None, **made):
+def ensure_qdrant(study, retrieval_dim, rerank_dims, shortlists, url=None, path=None, name=None, sizes=None, **made):
     """-> the file of the list that Qdrant finds, with the embeddings uploaded first: see qdrant.py. A server's lists
     have the index `qdrant` (quantized: `qdrant_sq8`); those of local mode, which compares all vectors, `qdrantlocal`.
 
@@ -166,10 +166,10 @@ def ensure_list(task, data, recipe, prepare, chunk, source=None):
 
 
 def describe_search(task):
-    """-> what a list's record says of its index. Parts that are searched one by one give lists of their own, unless all
-    vectors are compared; None, as where nothing is said: one."""
+    """-> what a list's record says of its index: its clusters; and of how many parts it is, where an approximate one is
+    split over processes, which gives other lists. None: one process, or exact search."""
     parts = world() if world() > 1 and not INDEXES[task.index].exact else None
-    return task.probing | {"parts": parts}
+    return task.cluster_settings | {"parts": parts}
 
 
 def find_list(task, recipe, record):
@@ -206,7 +206,7 @@ def index_file(task, data, dim, suffix=""):
     """-> (path of a built index, under the original's name; what it must have been made from)."""
     return (Path(task.output) / "index_files" / task.model / f"{task.database}_{dim}dim_{task.index}{suffix}.index",
             {"database": data.record["database"], "index": task.index, "retrieval_dim": dim}
-            | {key: task.probing[key] for key in task.probing if key != "nprobe"})      # a search's, not the index's
+            | {key: value for key, value in task.cluster_settings.items() if key != "nprobe"})      # a search's
 
 
 def serving_suffix(rerank_dim, shortlist, storage):
@@ -220,7 +220,7 @@ def ensure_serving_index(study, retrieval_dim, rerank_dim=None, shortlist=200, s
         check_stages(task, [rerank_dim], [shortlist])
     data = study.data(rerank_dim or retrieval_dim)
     rerank_dim = rerank_dim or data.xb.shape[1]
-    stages = {"rerank_dim": rerank_dim, "shortlist": shortlist, "storage": storage} | task.probing
+    stages = {"rerank_dim": rerank_dim, "shortlist": shortlist, "storage": storage} | task.cluster_settings
     file, record = index_file(task, data, retrieval_dim, serving_suffix(rerank_dim, shortlist, storage))
     return file, serving.adaptive_index(data.xb, retrieval_dim, rerank_dim, task.index, shortlist, storage,
                                         file, record | stages, task.nlist, task.nprobe)
@@ -241,7 +241,7 @@ def score_all(study, ks=KS, eval_config="all"):
     if not files:
         raise InputError(f"{Path(task.output) / 'neighbors'}: no lists of {task.dataset}, {task.model} "
                          f"({eval_config}) that fit the embeddings; retrieve.py search makes them")
-    truth = find_truth(study)
+    truth = find_exact_neighbors(study)
     return [score(study, file, ks, truth) for file in files]
 
 
@@ -256,7 +256,7 @@ def leave_out(study, file, recipe):
     return not fit
 
 
-def find_truth(study):
+def find_exact_neighbors(study):
     """-> [q, 10] the exact neighbours at the full width, if there is a list of them; None if not."""
     task = study.task
     if task.model == "ff":                    # each size is another model: the largest is no truth of the others

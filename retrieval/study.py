@@ -42,7 +42,7 @@ class Task(NamedTuple):
         return "1K" if self.dataset == "V2" else self.dataset
 
     @property
-    def probing(self):
+    def cluster_settings(self):
         """What a record says beside the index's name, of those that have clusters."""
         clustered = self.index in INDEXES and INDEXES[self.index].clustered
         return {"nlist": self.nlist, "nprobe": self.nprobe} if clustered else {}

@@ -111,7 +111,7 @@ def test_what_is_written(study):
 
 
 def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    task, made, real = Task(str(retrieval_world.write(tmp_path, WORLD)), str(tmp_path / "out")), [], adanns.judge
+    task, made, real = Task(str(retrieval_world.write(tmp_path, WORLD)), str(tmp_path / "out")), [], adanns.measure_accuracy
     flags = ([4, 16], 16, [1, 2], [])
 
     def judge_until(*of):
@@ -119,7 +119,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
         if len(made) == 5:
             raise KeyboardInterrupt
         return real(*of)
-    monkeypatch.setattr(adanns, "judge", judge_until)
+    monkeypatch.setattr(adanns, "measure_accuracy", judge_until)
     with pytest.raises(KeyboardInterrupt):
         measure(Study(task), *flags)
     kept = json.loads((tmp_path / "out/report/1K_mrl_adanns.json").read_text())["rows"]

@@ -18,7 +18,7 @@ from forked import free_port
 from qdrant import Collection
 from records import record_file
 from retrieval_world import assert_nearest, distances
-from stages import ensure_asked, ensure_reranked, score, score_all
+from stages import ensure_qdrant, ensure_reranked, score, score_all
 from study import Study, Task
 
 from mrl_files import InputError, read_json
@@ -183,12 +183,12 @@ def test_a_list_that_is_there_needs_no_server(tmp_path, capsys, monkeypatch):
 def test_other_embeddings_are_refused_and_their_lists_left(tmp_path):
     asked = {"retrieval_dim": 8, "rerank_dims": [32], "shortlists": [20], "path": str(tmp_path / "store")}
     task = Task(embeddings=str(retrieval_world.write(tmp_path / "in", TINY)), output=str(tmp_path))
-    file = ensure_asked(Study(task), **asked)
+    file = ensure_qdrant(Study(task), **asked)
     retrieval_world.write(tmp_path / "in", retrieval_world.world(60, 3, 32, seed=3))
     with pytest.raises(InputError, match="collection 1K_mrl was made from other embeddings"):
-        ensure_asked(Study(task), **asked)
+        ensure_qdrant(Study(task), **asked)
     old = np.load(file)
-    assert ensure_asked(Study(task), **asked, name="new") == file       # made again: its record did not fit
+    assert ensure_qdrant(Study(task), **asked, name="new") == file       # made again: its record did not fit
     assert (np.load(file) != old).any()
 
 

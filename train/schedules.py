@@ -59,7 +59,7 @@ def learning_rate(epoch, settings, epochs):
 
 
 def iteration_rates(epoch, iterations, settings, epochs):
-    """-> [iterations] rates of one epoch's optimiser steps: a straight line towards the next epoch's rate, which is not
+    """-> [iterations] rates of one epoch's optimiser steps: linear from its rate to the next epoch's, which is not
     reached."""
     ends = [learning_rate(e, settings, epochs) for e in (epoch, epoch + 1)]
     return np.interp(np.arange(iterations), [0, iterations], ends)

@@ -93,8 +93,9 @@ def parse(stem):
 
 def matches(name, wanted):
     """The size of a fixed-feature model, which the original's names leave out, may be any."""
-    return (name["kind"] == wanted["kind"] and same_name(name["dataset"], wanted["dataset"])
-            and name["tta"] == wanted["tta"] and (name["head"] == wanted["head"] or (name["head"] == "ff" and wanted["head"].startswith("ff"))))
+    head = name["head"] == wanted["head"] or (name["head"] == "ff" and wanted["head"].startswith("ff"))
+    return (head and name["kind"] == wanted["kind"] and name["tta"] == wanted["tta"]
+            and same_name(name["dataset"], wanted["dataset"]))
 
 
 def same_name(a, b):

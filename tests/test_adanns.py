@@ -111,7 +111,8 @@ def test_what_is_written(study):
 
 
 def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    task, made, real = Task(str(retrieval_world.write(tmp_path, WORLD)), str(tmp_path / "out")), [], adanns.measure_accuracy
+    task = Task(str(retrieval_world.write(tmp_path, WORLD)), str(tmp_path / "out"))
+    made, real = [], adanns.measure_accuracy
     flags = ([4, 16], 16, [1, 2], [])
 
     def judge_until(*of):

@@ -300,6 +300,14 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def gather(item):
+    """-> list of every process's item (plain objects), in each process."""
+    items = [item] * world()
+    if world() > 1:
+        dist.all_gather_object(items, item)
+    return items
+
+
 def leave_group(together=True):
     """Leave the process group, if there is one. together: its end waits for the other processes, so not after an error,
     when they may wait for this one.

@@ -15,7 +15,6 @@ import argparse
 
 import torch
 from head import SMOOTHING, PlainSeparate, PlainShared, plain_loss
-from launch import Process
 from measure import machine, spread, take_turns
 from recipe import model_spec
 from settings import given_settings
@@ -40,7 +39,7 @@ def settings_for(kind, args):
 def ours(kind, args):
     """-> step(images uint8 [B, R, R, 3], labels): the trainer's."""
     settings = settings_for(kind, args)
-    trainer = Trainer(Process(device=args.device), settings, model_spec(settings), folder=None)
+    trainer = Trainer(args.device, settings, model_spec(settings), folder=None)
     return lambda images, labels: trainer.train_step(images, labels, RATE)
 
 

@@ -6,7 +6,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from mrl_files import InputError, find_device, rank, world
+from mrl_files import InputError, find_device, gather, rank
 
 
 def start_device(args):
@@ -39,10 +39,7 @@ def run_together(work, *args):
         result = work(*args)
     except (InputError, OSError) as caught:
         error = caught
-    stopped = [error is not None]
-    if dist.is_initialized():
-        stopped *= world()
-        dist.all_gather_object(stopped, error is not None)
+    stopped = gather(error is not None)
     if any(stopped):
         raise error if stopped.index(True) == rank() else SystemExit(1)
     return result

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from study import Study
 from tqdm import tqdm
 
-from mrl_files import InputError, rank, world
+from mrl_files import InputError, gather, rank, world
 
 MERGED = 2 ** 28      # bytes of all processes' lists that are in the first one's memory at a time
 
@@ -70,10 +70,8 @@ def agree(work, *args):
         result = work(*args)
     except (InputError, OSError, MemoryError) as error:
         stopped = error
-    everyone = [stopped] * world()
-    if world() > 1:
-        with together():
-            dist.all_gather_object(everyone, stopped)
+    with together():
+        everyone = gather(stopped)
     if not any(everyone):
         return result
     if rank() == 0:
@@ -164,13 +162,13 @@ def merge_all(D, I):
     """-> D, I [q, k] of all processes' lists, in the first one; a block of queries at a time goes to its memory."""
     block = max(1, MERGED // (I.shape[1] * (D.itemsize + I.itemsize) * world()))
     for lo in range(0, len(D) if world() > 1 else 0, block):
-        block_D, block_I = gather(D[lo:lo + block]), gather(I[lo:lo + block])
+        block_D, block_I = gather_arrays(D[lo:lo + block]), gather_arrays(I[lo:lo + block])
         if rank() == 0:
             D[lo:lo + block], I[lo:lo + block] = merge(block_D, block_I)
     return D, I
 
 
-def gather(x):
+def gather_arrays(x):
     """-> every process's x, in the first one."""
     parts = [torch.empty(x.shape, dtype=torch.from_numpy(x).dtype) for _ in range(world())] if rank() == 0 else None
     with together():

@@ -6,7 +6,6 @@ asks for a number, as item() does, for there is none. Copies between GPU and hos
 import sys
 
 import kill_and_resume
-import launch
 import pytest
 import torch
 import train_imagenet
@@ -66,7 +65,7 @@ def make_trainer(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", words[1:])
         settings = train_imagenet.read_settings(train_imagenet.CONFIG, "")
         spec = train_imagenet.model_spec(settings)
-        made.append(Trainer(launch.Process(device=torch.device("cuda:0")), settings, spec, tmp_path))
+        made.append(Trainer(torch.device("cuda:0"), settings, spec, tmp_path))
         return made[0]
     return make
 

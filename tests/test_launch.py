@@ -8,7 +8,7 @@ import launch
 import pytest
 from forked import free_port
 
-from mrl_files import InputError
+from mrl_files import InputError, rank
 
 
 def settings():
@@ -27,7 +27,7 @@ def torchrun(monkeypatch):
     return start
 
 
-def killed(process, settings):
+def killed(device, settings):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -39,9 +39,9 @@ def test_a_process_that_was_killed_is_named(monkeypatch):
         launch.spawn(killed, wanted)
 
 
-def ended_one_by_one(process, settings, folder):
-    launch.wait(process)      # both are there
-    if not process.first:
+def ended_one_by_one(device, settings, folder):
+    launch.wait()      # both are there
+    if rank():
         time.sleep(1)
         (folder / "ended by itself").touch()
     os._exit(143)      # now, not after Python has tidied up

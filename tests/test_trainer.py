@@ -43,8 +43,7 @@ def make_trainer(monkeypatch, tmp_path):
     def make(*changes):
         monkeypatch.setattr(sys, "argv", kill_and_resume.command("a", tmp_path, "run", *changes)[1:])
         settings = train_imagenet.read_settings(train_imagenet.CONFIG, "")
-        process = launch.Process(device=torch.device("cpu"))
-        return Trainer(process, settings, train_imagenet.model_spec(settings), tmp_path)
+        return Trainer(torch.device("cpu"), settings, train_imagenet.model_spec(settings), tmp_path)
     return make
 
 
@@ -132,9 +131,9 @@ def accumulate(trainer):
     """Two batches to a step: the processes have gradients of their own until its last, and the same weights after."""
     weight = trainer.model.fc.nesting_classifier_0.weight
     trainer.train_step(*batch(), 0.01, 2, False)
-    gradients = launch.gather(trainer.process, weight.grad[0].sum().item())
+    gradients = mrl_files.gather(weight.grad[0].sum().item())
     trainer.train_step(*batch(), 0.01, 2, True)
-    weights = launch.gather(trainer.process, weight[0].sum().item())
+    weights = mrl_files.gather(weight[0].sum().item())
     assert gradients[0] != gradients[1] and weights[0] == weights[1]
 
 
@@ -172,17 +171,17 @@ def diverge(words, folder):
     launch.spawn(diverge_in_the_second, train_imagenet.read_settings(train_imagenet.CONFIG, ""), folder)
 
 
-def diverge_in_the_second(process, settings, folder):
+def diverge_in_the_second(device, settings, folder):
     with pytest.MonkeyPatch.context() as patch:
         use_fp16(patch)
-        trainer = Trainer(process, settings, train_imagenet.model_spec(settings), folder)
+        trainer = Trainer(device, settings, train_imagenet.model_spec(settings), folder)
         accumulate(trainer)
         trainer.check_weights()
-        if not process.first:
+        if mrl_files.rank():
             trainer.model.conv1.weight.data *= 1e6
         for _ in range(2):
             trainer.train_step(*batch(), 0.01)
-        if process.first:
+        if not mrl_files.rank():
             (folder / "finite").write_text(str(trainer.diverged() is None))
         trainer.check_weights()
 

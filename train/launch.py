@@ -11,7 +11,6 @@ import socket
 import sys
 import time
 import uuid
-from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from mrl_files import InputError, command_line, find_device, leave_group
+from mrl_files import InputError, command_line, find_device, leave_group, world
 
 FLAG = "--training.device"
 # After one process has ended, the others get this many seconds to end too: PyTorch would end them at once, and say so.
@@ -28,22 +27,6 @@ GRACE = {"grace_period": 60} if "grace_period" in signature(mp.ProcessContext.jo
 
 class StoppedTogether(SystemExit):
     """All processes end here, as they have agreed."""
-
-
-@dataclass
-class Process:
-    """Which process this is; the whole world is one process unless there are more."""
-    rank: int = 0
-    world_size: int = 1
-    device: torch.device = None
-
-    @property
-    def first(self):
-        return self.rank == 0
-
-    @property
-    def alone(self):
-        return self.world_size == 1
 
 
 def under_torchrun():
@@ -102,11 +85,11 @@ def check_restarts():
 
 
 def launch(worker, settings, *args):
-    """Run worker(process, settings, *args) in every process of the world; returns, or exits, when all have ended."""
+    """Run worker(device, settings, *args) in every process of the world; returns, or exits, when all have ended."""
     if under_torchrun():
         run_worker(int(os.environ["LOCAL_RANK"]), worker, settings, *args)
     elif settings.dist.world_size == 1:
-        worker(Process(device=find_device(settings.training.device, FLAG)), settings, *args)
+        worker(find_device(settings.training.device, FLAG), settings, *args)
     else:
         spawn(worker, settings, *args)
 
@@ -151,7 +134,7 @@ def run_worker(local_rank, worker, settings, *args):
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=meeting_place(rank, size), rank=rank,
                             world_size=size)
     try:
-        worker(Process(rank, size, device), settings, *args)
+        worker(device, settings, *args)
     except BaseException as end:
         leave_group(together=isinstance(end, StoppedTogether))
         raise
@@ -171,7 +154,7 @@ def meeting_place(rank, size):
 
 
 # ------------------------------------------------------------------------------------------------ what they agree on
-# Each function takes the Process it runs in; with a single process it returns its input unchanged.
+# With a single process each function returns its input unchanged.
 
 class StopRequest:
     """Turns SIGTERM and Ctrl-C into a question that all processes answer alike: shall we stop after this step?
@@ -180,8 +163,8 @@ class StopRequest:
     processes of a terminal or a job, and passed on by what started them.)
     """
 
-    def __init__(self, process):
-        self.alone, self.signum, self.first = process.alone, 0, math.inf
+    def __init__(self):
+        self.signum, self.first = 0, math.inf
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.note)
 
@@ -192,45 +175,36 @@ class StopRequest:
 
     def asked(self):
         """-> the signal's number, 0 if there was none. Every process must call it after the same steps."""
-        if self.alone:
+        if world() == 1:
             return self.signum
         signum = torch.tensor(self.signum)
         dist.all_reduce(signum, dist.ReduceOp.MAX)
         return int(signum)
 
 
-def total(process, tensor):
+def total(tensor):
     """-> the tensor, summed over all processes in place."""
-    if not process.alone:
+    if world() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def gather(process, item):
-    """-> list of every process's item (plain objects), in each process."""
-    if process.alone:
-        return [item]
-    items = [None] * process.world_size
-    dist.all_gather_object(items, item)
-    return items
-
-
-def share(process, item):
+def share(item):
     """-> the first process's item (plain objects and CPU tensors), in every process."""
-    if process.alone:
+    if world() == 1:
         return item
     items = [item]
     dist.broadcast_object_list(items, 0, device=torch.device("cpu"))
     return items[0]
 
 
-def wait(process):
+def wait():
     """For all processes to come here. (Over gloo: a barrier of NCCL would also wait for the GPU.)"""
-    share(process, None)
+    share(None)
 
 
-def share_buffers(process, model):
+def share_buffers(model):
     """The first process's running statistics for all, so that they validate the same model."""
-    if not process.alone:
+    if world() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)

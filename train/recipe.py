@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from MRL import Matryoshka_CE_Loss
-from mrl_files import InputError, describe_error, numbers
+from mrl_files import InputError, describe_error, numbers, rank
 from mrl_models import (
     build_from_spec,
     build_model,
@@ -189,7 +189,7 @@ def make_ema(model, optimizer, decay):
     return ema
 
 
-def make_mixing(training, classes, rank):
+def make_mixing(training, classes):
     """-> mix(images [N, 3, R, R], labels [N], epoch, batch): mixup, cutmix, or either by chance; labels become [N, C].
 
     Without them the batch stays as it is. What is drawn follows from the seed, the epoch, the batch's number and the
@@ -202,7 +202,7 @@ def make_mixing(training, classes, rank):
     either = v2.RandomChoice([kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds.items() if alpha])
 
     def mix(images, labels, epoch, batch):
-        seed = np.random.SeedSequence((training.seed, epoch, batch, rank)).generate_state(1).item()
+        seed = np.random.SeedSequence((training.seed, epoch, batch, rank())).generate_state(1).item()
         with torch.random.fork_rng(devices=[]):      # the CPU's generator alone: a GPU's goes on with its dropout
             torch.default_generator.manual_seed(seed)
             images, labels = either(images, labels)

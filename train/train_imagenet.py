@@ -27,7 +27,7 @@ from recipe import check_images, check_training, make_model, model_spec
 from settings import PATH, as_dict, read_flag, read_settings
 from trainer import Trainer
 
-from mrl_files import InputError, command_line, file_path, import_extra
+from mrl_files import InputError, command_line, file_path, import_extra, rank, world
 from mrl_images import name_dead_workers
 
 SWITCH = And(int, OneOf([0, 1]))
@@ -120,37 +120,37 @@ Section("dist", "processes started by this script; under torchrun its environmen
 
 
 @name_dead_workers("fewer --data.num_workers or smaller batches")
-def worker(process, settings, spec, folder):
+def worker(device, settings, spec, folder):
     """What every process does."""
     d, v = settings.data, settings.validation
-    stop = None if settings.training.eval_only else launch.StopRequest(process)
-    trainer = Trainer(process, settings, spec, folder)
+    stop = None if settings.training.eval_only else launch.StopRequest()
+    trainer = Trainer(device, settings, spec, folder)
     val = val_loader(d.val_dataset, batch_size=v.batch_size, num_workers=d.num_workers, resolution=v.resolution,
-                     device=process.device, rank=process.rank, world_size=process.world_size,
+                     device=device, rank=rank(), world_size=world(),
                      ratio=spec.get("crop_pct", VALIDATION_RATIO))
     if settings.training.eval_only:
         return validate_only(trainer, val)
-    with checkpoint.lock_folder(folder) if process.first else nullcontext():
+    with checkpoint.lock_folder(folder) if rank() == 0 else nullcontext():
         train_to_the_end(trainer, val, stop)
 
 
 def train_to_the_end(trainer, val, stop):
     """Train from the last checkpoint on, or from the beginning, to the end."""
-    process, settings, folder = trainer.process, trainer.settings, trainer.folder
-    if state := launch.share(process, checkpoint.restore(folder) if process.first else None):
+    settings, folder = trainer.settings, trainer.folder
+    if state := launch.share(checkpoint.restore(folder) if rank() == 0 else None):
         trainer.restore(state)
-    if process.first:
+    if rank() == 0:
         epoch_log.forget_after(folder, trainer.epoch)
     d, t = settings.data, settings.training
     train = train_loader(d.train_dataset, batch_size=t.batch_size, num_workers=d.num_workers, in_memory=d.in_memory,
-                         resolution=settings.resolution.min_res, seed=t.seed, device=process.device,
-                         distributed=not process.alone, scale=t.crop_scale, flip=t.flip)
+                         resolution=settings.resolution.min_res, seed=t.seed, device=trainer.device,
+                         distributed=world() > 1, scale=t.crop_scale, flip=t.flip)
     trainer.run(train, val, stop)
 
 
 def validate_only(trainer, val):
     record = {"epoch": -1, "timestamp": time.time(), **trainer.validate(val)}
-    if trainer.process.first:
+    if rank() == 0:
         epoch_log.append_log(trainer.folder, record)
         print("\n".join(epoch_log.format_sizes(record, trainer.spec)))
 

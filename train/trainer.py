@@ -17,7 +17,7 @@ from recipe import make_criterion, make_ema, make_mixing, make_model, make_optim
 from torch import nn
 from tqdm import tqdm
 
-from mrl_files import InputError, describe_error
+from mrl_files import InputError, describe_error, gather, rank, world
 from mrl_models import autocast, classify_in_float32, compute_logits, count, preparation, similar_sizes
 
 SKIPS = 26                           # steps in a row that fp16 may skip: a healthy run skips a few at its beginning
@@ -27,13 +27,12 @@ LEAST_SCALE = 2.0 ** (16 - SKIPS)    # where the loss scale, 2**16 at first, is 
 class Trainer:
     """What one process holds during a run, and the steps it takes."""
 
-    def __init__(self, process, settings, spec, folder):
-        self.process, self.settings, self.spec, self.folder = process, settings, spec, folder
-        self.device = process.device
+    def __init__(self, device, settings, spec, folder):
+        self.device, self.settings, self.spec, self.folder = device, settings, spec, folder
         torch.manual_seed(settings.training.seed)
         torch.backends.cudnn.benchmark = True
         self.model = make_model(settings, spec, self.device)
-        self.mix = make_mixing(settings.training, spec["num_classes"], process.rank)
+        self.mix = make_mixing(settings.training, spec["num_classes"])
         self.criterion = make_criterion(settings).to(self.device)
         self.optimizer = make_optimizer(self.model, settings.training, fused=self.device.type == "cuda")
         precision = settings.training.precision or ("fp16" if self.device.type == "cuda" else "fp32")
@@ -54,9 +53,9 @@ class Trainer:
             torch._dynamo.config.cache_size_limit = 64      # a graph for each resolution and each size of a batch
             self.model.compile(dynamic=False)
         devices = [self.device] if self.device.type == "cuda" else None
-        self.parallel = self.model if process.alone else nn.parallel.DistributedDataParallel(
+        self.parallel = self.model if world() == 1 else nn.parallel.DistributedDataParallel(
             self.model, devices, gradient_as_bucket_view=True)
-        torch.manual_seed(settings.training.seed + 1 + process.rank)      # dropout differs between processes
+        torch.manual_seed(settings.training.seed + 1 + rank())      # dropout differs between processes
 
     # ---- training
 
@@ -66,7 +65,7 @@ class Trainer:
         `share` batches share an optimiser step, taken after the last of them: their gradients' mean.
         """
         images, labels = self.mix(normalise(images, self.mean, self.std), labels.flatten(), self.epoch, self.done)
-        with nullcontext() if last or self.process.alone else self.parallel.no_sync():
+        with nullcontext() if last or world() == 1 else self.parallel.no_sync():
             with self.autocast:
                 losses = self.criterion.per_size(self.parallel(images), labels)
                 loss = self.criterion.weighted_sum(losses) / share
@@ -110,20 +109,20 @@ class Trainer:
                 batches.close()
                 self.save_and_stop(signum)
         seconds, waited = watch.summary()
-        return len(watch.ends) * loader.batch_size * self.process.world_size / seconds, waited / seconds
+        return len(watch.ends) * loader.batch_size * world() / seconds, waited / seconds
 
     def bar(self, batches, words, **more):
         """tqdm in the first process; where a job's log keeps every state of it, one every 30 seconds."""
-        return tqdm(batches, words, disable=not self.process.first, leave=False,
+        return tqdm(batches, words, disable=rank() > 0, leave=False,
                     mininterval=0.5 if sys.stderr.isatty() else 30, **more)
 
     def save_and_stop(self, signum):
         self.check_weights()
         self.save()
-        if self.process.first:
+        if rank() == 0:
             print(f"stopped in epoch {self.epoch + 1} after {self.done} steps; go on with "
                   f"--training.resume={self.folder}", file=sys.stderr)
-        launch.wait(self.process)      # wait until all is saved: the first to exit ends the others
+        launch.wait()      # wait until all is saved: the first to exit ends the others
         raise launch.StoppedTogether(128 + signum)
 
     def run(self, loader, val, stop):
@@ -132,7 +131,7 @@ class Trainer:
             self.one_epoch(loader, val, stop)
             if (signum := stop.asked()) and self.epoch < self.settings.training.epochs:
                 self.save_and_stop(signum)
-        if self.process.first:
+        if rank() == 0:
             for name, model in reversed(self.models.items()):      # final_weights.pt last: the run is finished
                 checkpoint.save_weights(self.folder, model.state_dict(), name)
             weights = (self.folder / "final_weights.pt").absolute()
@@ -146,7 +145,7 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats()
         speed, waiting = self.train_epoch(loader, stop)
         self.check_weights()
-        waiting = launch.gather(self.process, waiting)
+        waiting = gather(waiting)
         record = {"epoch": self.epoch, "train_time": time.time() - start, "images_per_second": speed,
                   "waiting_for_data": max(waiting), "waiting_most": waiting.index(max(waiting)),
                   "resolution": loader.resolution,
@@ -161,12 +160,12 @@ class Trainer:
         All processes decide together: each has running statistics of its own, and one that ended alone would leave the
         others waiting.
         """
-        found = [what for what in launch.gather(self.process, self.diverged()) if what]
-        if found and self.process.first:
+        found = [what for what in gather(self.diverged()) if what]
+        if found and rank() == 0:
             raise InputError(f"epoch {self.epoch + 1}: {found[0]}. Begin anew with a lower --lr.lr or "
                              f"with --training.precision=bf16; the last checkpoint stays in {self.folder}")
         if found:
-            launch.wait(self.process)      # the first process reports the error for all
+            launch.wait()      # the first process reports the error for all
 
     def diverged(self):
         """-> what is wrong in this process, or None. In fp16 GradScaler skips each step whose gradient is not finite:
@@ -181,16 +180,16 @@ class Trainer:
 
     def train_losses(self, steps):
         """-> the epoch's mean loss, and that of each size; over all processes."""
-        losses = launch.total(self.process, self.losses / (steps * self.process.world_size))
+        losses = launch.total(self.losses / (steps * world()))
         sizes = named(self.spec, "train_loss", losses)
         return {**sizes, "train_loss": self.criterion.weighted_sum(losses).item()}
 
     def finish_epoch(self, record):
         record = {"timestamp": time.time(), "relative_time": self.elapsed(), **record,
-                  "peak_memory_mb": max(launch.gather(self.process, self.peak_memory()))}
+                  "peak_memory_mb": max(gather(self.peak_memory()))}
         self.epoch, self.done = self.epoch + 1, 0
         self.losses.zero_()
-        if self.process.first:
+        if rank() == 0:
             append_log(self.folder, record)
             if self.settings.logging.tensorboard:
                 append_events(self.folder, record)
@@ -213,7 +212,7 @@ class Trainer:
 
     def validate_one(self, model, loader, name):
         """Every image once, over all processes -> accuracies as fractions, and losses."""
-        launch.share_buffers(self.process, model)
+        launch.share_buffers(model)
         model.eval()
         sums = torch.zeros(3, len(self.spec["nesting_list"]), device=self.device, dtype=torch.float64)
         n = torch.zeros(1, device=self.device, dtype=torch.int64)
@@ -224,7 +223,7 @@ class Trainer:
                 logits = compute_logits(model, normalise(images, self.mean, self.std), tta)
                 sums += count(logits / 2 if tta else logits, labels.flatten())      # the loss of the mean
                 n += len(images)
-        top_1, top_5, loss = launch.total(self.process, sums) / launch.total(self.process, n)
+        top_1, top_5, loss = launch.total(sums) / launch.total(n)
         return {**named(self.spec, f"{name}top_1", top_1), **named(self.spec, f"{name}top_5", top_5),
                 **named(self.spec, f"{name}val_loss", loss), "val_images": n.item()}
 
@@ -234,12 +233,12 @@ class Trainer:
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state()
-        rngs = launch.gather(self.process, rng)
-        losses = launch.total(self.process, self.losses.clone())
-        if self.process.first:
+        rngs = gather(rng)
+        losses = launch.total(self.losses.clone())
+        if rank() == 0:
             checkpoint.save(self.folder, {
                 **{name: part.state_dict() for name, part in self.parts.items()},
-                "rng": rngs, "losses": losses / self.process.world_size,
+                "rng": rngs, "losses": losses / world(),
                 "epoch": self.epoch, "step": self.done, "elapsed": self.elapsed()})
 
     def restore(self, state):
@@ -252,7 +251,7 @@ class Trainer:
     def load(self, state):
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        rng = state["rng"][self.process.rank]
+        rng = state["rng"][rank()]
         torch.set_rng_state(rng["cpu"])
         if "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"])

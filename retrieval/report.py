@@ -159,7 +159,7 @@ def draw_costs(table, paper, study):
         scale_costs(axes)
     if len(paper):
         both[0].plot(paper.mflops, 100 * paper["mAP@10"], "x", color="black", label="the paper's")
-    both[0].set(xlabel="MFLOPs per query", ylabel="mAP@10 (%)")
+    both[0].set(xlabel="MFLOPs per query, if all vectors are compared", ylabel="mAP@10 (%)")
     both[1].set(xlabel="milliseconds for one query, measured")
     both[0].legend(loc="lower right")
     widen_y_axis(both[0])

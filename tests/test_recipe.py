@@ -1,5 +1,6 @@
 """The model, loss and optimiser that settings ask for; the first steps of training against the original's."""
 from types import SimpleNamespace
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from recipe import (
     make_criterion,
     make_ema,
     make_mixing,
+    make_model,
     make_optimizer,
     model_spec,
     norm_parameters,
@@ -221,3 +223,11 @@ def test_finetuning_takes_the_backbone_and_freezes_the_rest(tmp_path):
     assert model.fc.training and not model.bn1.training      # frozen running statistics stay
     with pytest.raises(InputError, match="layer9 is no part"):
         freeze(model, "layer9")
+
+
+def test_weights_that_cannot_be_downloaded(monkeypatch):
+    def build(*_, **__):
+        raise URLError("no network")
+    monkeypatch.setattr("recipe.build_from_spec", build)
+    with pytest.raises(InputError, match=r"^--model.pretrained=1: the weights could not .*no network.*/hub: copy"):
+        make_model(SimpleNamespace(model=SimpleNamespace(pretrained=1)), {}, "cpu")

@@ -104,7 +104,11 @@ def relative_importance(settings):
 
 
 def make_model(settings, spec, device):
-    model = build_from_spec(spec, pretrained=bool(settings.model.pretrained))
+    try:
+        model = build_from_spec(spec, pretrained=bool(settings.model.pretrained))
+    except OSError as error:      # no internet, as on many a cluster's nodes
+        raise InputError(f"--model.pretrained=1: the weights could not be downloaded ({describe_error(error)}); where "
+                         f"there is internet, torchvision keeps them in {torch.hub.get_dir()}: copy that") from None
     if settings.model.init_from:
         load_backbone(model, settings.model.init_from)
     if settings.training.path:

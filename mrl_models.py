@@ -9,6 +9,7 @@ import math
 import operator
 import pickle
 import re
+import warnings
 from difflib import get_close_matches
 from functools import partial
 from itertools import pairwise
@@ -82,7 +83,8 @@ def find_backbone(arch, pretrained=False):
 
 def timm_model(arch, pretrained=False):
     """Its transformers are built to take images of all sizes that their patches divide, where timm offers it."""
-    with torch.device("cpu"):
+    with torch.device("cpu"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")      # in a notebook, what it imports asks for widgets
         timm = import_extra("timm", f"the architecture {arch}")
     name, known = arch.removeprefix("timm/"), timm.list_models() + timm.list_pretrained()
     if name not in known:

@@ -86,9 +86,3 @@ def test_what_does_not_change_results_may_change(tmp_path):
         checkpoint.check_same_run(tmp_path, SETTINGS | {"training": {"epochs": 3, "seed": 1}})
     with pytest.raises(InputError, match="no run folder"):
         checkpoint.saved_settings(tmp_path / "elsewhere")
-
-
-def test_a_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"--logging.folder: cannot make"):
-        checkpoint.make_folder(tmp_path / "file" / "run")

@@ -64,13 +64,6 @@ def flatten(settings):
     return {f"{section}.{name}": value for section, values in settings.items() for name, value in values.items()}
 
 
-def make_folder(path):
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--logging.folder: cannot make {path} ({error.strerror})") from None
-
-
 def lock_folder(folder):
     """The context in which no second run trains in this folder."""
     return locked(folder / CURRENT, f"{folder}: another process trains in it; wait for its end, or choose another "

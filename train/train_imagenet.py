@@ -191,7 +191,7 @@ def open_folder(folder, settings, spec):
     """Make a run folder, or find the run that goes on in it."""
     settings = as_dict(settings)
     if not (folder / "params.json").exists():
-        checkpoint.make_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_params(folder, settings, spec)
     checkpoint.check_same_run(folder, settings)
     if (folder / "final_weights.pt").exists() and not settings["training"]["eval_only"]:

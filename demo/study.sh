@@ -4,8 +4,8 @@
 #
 #   demo/study.sh [CHARACTERS=600] [FOLDER=study_CHARACTERS] [FONTS=/usr/share/fonts]
 #
-# About an hour and a half on two idle cores (an estimate: a training took 5 to 9 minutes, two at a time, on an AMD EPYC
-# without AVX-512 that did other work too). Stop it when you like: the same command goes on where it was.
+# An hour on two cores of an AMD EPYC with AVX-512 that did other work too; without AVX-512 up to three times as long.
+# Stop it when you like: the same command goes on where it was.
 # It needs FFCV. 300 characters are in the repository. More are drawn from Debian's fonts: make_kanji.py names the
 # packages that FONTS lacks (`apt-get download` and `dpkg -x` into a folder of yours are enough).
 set -euo pipefail
@@ -82,6 +82,9 @@ once embeddings python pytorch_inference.py --path "${main[@]}" --retrieval --da
 once lp python baselines.py lp --arrays "$out/arrays" --model mrl0_e0_ff1024
 once svd python baselines.py svd --arrays "$out/arrays" --model mrl0_e0_ff1024 --path "$out/runs/ff1024"
 once few-shot python baselines.py ncm --arrays "$out/arrays" --model mrl1_e0_ff1024 --shots 1 3 5 7
+for d in 8 16 32 64 128 256 512 1024; do
+  once "few-shot-ff$d" python baselines.py ncm --arrays "$out/arrays" --model "mrl0_e0_ff$d" --sizes "$d" --shots 1 3 5 7
+done
 once outputs python pytorch_inference.py --path "$out/runs/mrl" --dataset V1 --data_root "$out/images" "${size[@]}" \
   --output "$out/outputs" --save_softmax --save_predictions --save_gt
 

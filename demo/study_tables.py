@@ -134,10 +134,13 @@ def oracle(folder):
 
 
 def few_shot(folder):
-    for result in map(read_json, folder.glob("arrays/ncm_dataset=1K_model=mrl1_e0_ff1024.json")):
-        return 100 * pd.DataFrame(dict(zip(map("{}-shot".format, result["shots"]), result["top1"], strict=True)),
-                                  index=result["sizes"])
-    return pd.DataFrame()
+    """A column for each number of shots, of FF (a model for each size) and of MRL."""
+    columns = {}
+    for name, model in (("FF", "mrl0_e0_ff*"), ("MRL", "mrl1_e0_ff*")):
+        for result in map(read_json, folder.glob(f"arrays/ncm_dataset=1K_model={model}.json")):
+            for shots, top1 in zip(result["shots"], result["top1"], strict=True):
+                columns.setdefault(f"{name}, {shots}-shot", {}).update(zip(result["sizes"], top1, strict=True))
+    return 100 * pd.DataFrame(columns, dtype=float).sort_index()
 
 
 # ------------------------------------------------------------------------------------------------ show

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole idea on 13,200 real images, on any machine: images (-> .ffcv) -> checkpoints -> accuracy, embeddings, pictures.
 #
-#   ./demo.sh [FOLDER=demo_out]        3 to 6 minutes on two cores, after the set-up
+#   ./demo.sh [FOLDER=demo_out]        2.5 to 5.5 minutes on two cores, after the set-up
 #
 # Every step below is a script that a user of ImageNet runs too; demo/kanji.yaml makes the training small.
 set -euo pipefail

@@ -55,7 +55,8 @@ def replacing(path):
 def locked(path, busy=None):
     """Hold an exclusive lock on `path` in the block. busy: error message for a second process; None: it waits.
 
-    It is a POSIX lock, this process's own: forked workers, which may live on for seconds, do not hold it.
+    It is a POSIX lock, this process's own: forked workers, which may live on for seconds, do not hold it. So a process
+    does not shut itself out: not to be nested on one path.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

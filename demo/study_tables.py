@@ -192,13 +192,15 @@ def plot(theirs, ours):
             "the paper: ImageNet-1K, ResNet50", "here: printed characters, a small ShuffleNet"), strict=True):
         for name, style in STYLES.items():
             column = columns[name].dropna()
-            axes.plot(column.index, column, style, label=name if len(column) else None, fillstyle="none",
-                      markersize=8 if name == "FF" else 5)
+            if len(column):
+                axes.plot(column.index, column, style, label=name, fillstyle="none",
+                          markersize=8 if name == "FF" else 5)
         axes.set_xscale("log", base=2)
         axes.set_xticks(columns["MRL"].dropna().index, columns["MRL"].dropna().index)
         axes.set(xlabel="representation size", ylabel="top-1 (%)", ylim=(0, 100), title=title)
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower right", fontsize=8)
+        if axes.lines:
+            axes.legend(loc="lower right", fontsize=8)
     return figure
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pytorch_inference import add_model_flags
 from saved_files import check_free, fingerprint
-from which_model import open_by_flags
+from which_model import open_by_flags, read_trained_resolution
 
 from mrl_files import (
     InputError,
@@ -64,6 +64,8 @@ def export(args):
     save, folder = import_extra("safetensors.torch", "export.py").save, Path(args.output)
     model, state = open_by_flags(args.path, args)
     spec, about = model.spec, {"checkpoint": fingerprint(args.path)}
+    if args.rep_size not in (None, spec["nesting_list"][-1]):
+        raise InputError(f"--rep_size {args.rep_size}: all sizes of {args.path} are exported; leave it out")
     figures = choose_figures(args.figures, about | {"nesting_list": spec["nesting_list"]})
     check_free(folder / CONFIG, about, args.overwrite, *(folder / name for name in FILES))
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +74,8 @@ def export(args):
         temporary.write_bytes(save({k: v.contiguous() for k, v in state.items()}, {"format": "pt"}))
     with replacing(folder / CARD) as temporary:
         temporary.write_text(write_card(spec, figures, args), encoding="utf-8")
-    write_json(folder / CONFIG, {"model": spec, **about})
+    resolution = read_trained_resolution(args.path)
+    write_json(folder / CONFIG, {"model": spec, **about, "settings": {"validation": {"resolution": resolution}}})
     return folder
 
 
@@ -82,9 +85,9 @@ def choose_figures(paths, about):
     figures = {path: read_figures(path, about) for path in paths}
     chosen = [content for content in figures.values() if {key: content[key] for key in about} == about]
     if figures and not chosen:
-        raise InputError(f"--figures {paths[0]}: of another checkpoint than {about['checkpoint']}, as are all given")
+        raise InputError(f"--figures {paths[0]}: of another checkpoint or other sizes, as are all given")
     if len(chosen) < len(figures):
-        print(f"note: {len(figures) - len(chosen)} of --figures left out: of other checkpoints")
+        print(f"note: {len(figures) - len(chosen)} of --figures left out: of other checkpoints or sizes")
     return chosen
 
 

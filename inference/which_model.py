@@ -39,14 +39,18 @@ def check_checkpoint(path, args):
     return model.spec
 
 
-def warn_of_other_size(path, crop):
-    """A run of train/ notes the size of the images that it validated on."""
+def read_trained_resolution(path):
+    """-> pixels a side of the images that a run of train/ validated on; None where none says it."""
     noted = read_json(find_json(path)) or {}
     try:
-        trained = int(noted["settings"]["validation"]["resolution"])
-    except (KeyError, TypeError, ValueError):      # a bare file, an exported one
-        return
-    if not similar_sizes(trained, crop):
+        return int(noted["settings"]["validation"]["resolution"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def warn_of_other_size(path, crop):
+    trained = read_trained_resolution(path)
+    if trained and not similar_sizes(trained, crop):
         warn(f"{path}: trained for images of {trained} pixels, here they have {crop}: --crop {trained} gives them that")
 
 

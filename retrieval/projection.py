@@ -55,22 +55,23 @@ def project(study, method, size=None):
         raise InputError(f"--model {study.task.model}: is a projection; give the model itself")
     data = study.data(max(study.sizes))
     size, find = check_size(data.xb, size or data.xb.shape[1]), cache(lambda: FITS[method](data.xb, size))
-    made = []
-    for path, X, y in zip(data.files, (data.xb, data.xq), study.labels(data), strict=True):
-        target = path.with_name(re.sub(r"_ff\d+-X", f"_{method}_ff{size}-X", path.name))
-        check_alone(target)
+    targets = [path.with_name(re.sub(r"_ff\d+-X", f"_{method}_ff{size}-X", path.name)) for path in data.files]
+    check_alone(targets)
+    for path, target, X, y in zip(data.files, targets, (data.xb, data.xq), study.labels(data), strict=True):
         source = {"method": method, "database": data.record["database"], "file": fingerprint(path, X)}
         if not (target.exists() and json_contains(target.with_suffix(".json"), {"dim": size, "projection": source})):
             about = (read_json(path.with_suffix(".json")) or {}) | {"projection": source}
             write_projected(target, X, y, find(), about)
-        made.append(target)
-    return made
+    return targets
 
 
-def check_alone(target):
-    """One projection has one file, whose prefixes are its sizes: of two, --model could not name one."""
-    if others := sorted({*target.parent.glob(re.sub(r"_ff\d+-X", "_ff*-X", target.name))} - {target}):
-        raise InputError(f"{others[0]}: the same projection to another --size: give that one, or remove the file")
+def check_alone(targets):
+    """One projection has one file of each split, whose prefixes are its sizes: of two, --model could not name one."""
+    others = [path for target in targets for path in target.parent.glob(re.sub(r"_ff\d+-X", "_ff*-X", target.name))
+              if path != target]
+    if others:
+        raise InputError(f"{' and '.join(map(str, sorted(others)))}: the same projection to another --size: give that "
+                         "one, or remove the files")
 
 
 def write_projected(path, X, y, matrix, about):

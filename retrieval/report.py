@@ -48,9 +48,10 @@ def report(study, indexes=("exactl2",), sizes=None, shortlist=200, ks=KS, storag
     shortlist = min(shortlist, n)
     if storages:
         check_shortlist(shortlist, n)
-    truth = ensure_exact_neighbors(study)
+    k = max(shortlist, *(min(k, n) for k in ks))
+    truth = ensure_exact_neighbors(study, k if "exactl2" in indexes else DRAWN)
     rows = [score(of_index, file, ks, truth) for of_index in map(study.with_index, indexes)
-            for file in ensure_lists(of_index, sizes, shortlist, ks, storages)]
+            for file in ensure_lists(of_index, sizes, k, shortlist, storages)]
     table, paper, task = pd.DataFrame(rows), select_paper(study), study.task
     write_table(table, report_file(task, "report.csv"))
     save(draw_sizes(table, paper, task), report_file(task, "size.png"))
@@ -70,19 +71,18 @@ def write_table(table, path):
         table.to_csv(temporary, index=False)
 
 
-def ensure_exact_neighbors(study):
-    """-> [q, 10] the exact neighbours at the full width; None for FF, whose sizes are different models."""
-    data = study.data(max(study.sizes))
-    if study.task.model != "ff" and len(data.xb) >= DRAWN:
-        ensure_k_neighbors(study.with_index("exactl2"), data.xb.shape[1], DRAWN)
+def ensure_exact_neighbors(study, k):
+    """-> [q, 10] the exact neighbours at the full width, of a list of k or more; None for FF, whose sizes are different
+    models."""
+    if study.task.model != "ff":
+        ensure_k_neighbors(study.with_index("exactl2"), study.data(max(study.sizes)).xb.shape[1], k)
     return find_exact_neighbors(study)
 
 
-def ensure_lists(study, sizes, shortlist, ks, storages):
+def ensure_lists(study, sizes, k, shortlist, storages):
     """Yield the files of all lists of the study. Those of a search are all of one length: times of others, which may
     be there, would not compare."""
     n = len(study.data(sizes[0]).xb)
-    k = max(shortlist, *(min(k, n) for k in ks))
     for size in sizes:
         yield ensure_neighbors(study, size, k)
     if study.task.model != "ff":

@@ -142,6 +142,20 @@ def test_missing_packages_are_named_before_any_work(tmp_path, command, monkeypat
     assert not (tmp_path / "other").exists()
 
 
+def test_the_size_of_the_runs_images_goes_along(tmp_path, command, evaluate, capsys):
+    path = make_run(tmp_path / "run")
+    about = path.with_name("params.json")
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"settings": {"validation": {"resolution": 32}}}))
+    evaluate(command("--path", path))
+    assert "trained for images of 32 pixels, here they have 8" in capsys.readouterr().err
+
+
+def test_rep_size_is_not_of_an_export(tmp_path, command):
+    path = make_run(tmp_path / "run")
+    with pytest.raises(InputError, match="--rep_size 16: all sizes of"):
+        command("--path", path, "--rep_size", "16")
+
+
 def test_what_is_there_is_replaced_only_when_asked(tmp_path, command):
     path, other = make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1)
     folder = command("--path", path)
@@ -157,8 +171,8 @@ def test_what_is_there_is_replaced_only_when_asked(tmp_path, command):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda run: run | {"checkpoint": "0" * 16}, "of another checkpoint than"),
-    (lambda run: run | {"nesting_list": [8]}, "of another checkpoint than"),
+    (lambda run: run | {"checkpoint": "0" * 16}, "of another checkpoint or other sizes"),
+    (lambda run: run | {"nesting_list": [8]}, "of another checkpoint or other sizes"),
     (lambda run: {"sizes": [8]}, "not the figures of pytorch_inference.py"),
     (lambda run: None, "no such file"),
 ])

@@ -43,8 +43,9 @@ def test_replacing_leaves_nothing_half_written(tmp_path):
 # ---- files
 
 def wait_for_words(capfd, words, times=1):
-    said = ""
+    said, end = "", time.monotonic() + 60
     while said.count(words) < times:
+        assert time.monotonic() < end, said
         time.sleep(0.01)
         said += capfd.readouterr().err
 

@@ -106,6 +106,9 @@ def test_bad_input(tmp_path):
         with pytest.raises(InputError, match="row 3 is not finite"):
             project(Study(task), method, 8)
     retrieval_world.write(tmp_path, WORLD)
-    project(Study(task), "jl", 8)
+    files = project(Study(task), "jl", 8)
+    with pytest.raises(InputError, match=f"{files[0]} and {files[1]}: the same projection to another --size"):
+        project(Study(task), "jl", 4)
+    assert len(list(tmp_path.glob("*_jl_*-X.npy"))) == 2
     with pytest.raises(InputError, match="--model mrl_jl: is a projection"):
         project(Study(task._replace(model="mrl_jl")), "svd", 8)

@@ -6,6 +6,7 @@ import pytest
 import retrieval_world
 from metrics import count_mflops
 from report import PAPER, draw_costs, draw_sizes, format_table, list_stages, report, select_paper
+from stages import ensure_neighbors
 from study import Study, Task
 
 from mrl_files import InputError
@@ -83,6 +84,14 @@ def test_a_second_report_makes_nothing_again(study, monkeypatch):
     monkeypatch.setattr("stages.write_list", lambda *of, **more: pytest.fail("a list was made again"))
     again = report(Study(task), ["exactl2", "hnsw32"], shortlist=50, ks=[10, 25])
     pd.testing.assert_frame_equal(again, table)
+
+
+def test_lists_of_one_length_whatever_is_there(study, tmp_path):
+    """Of a longer list the times would not compare."""
+    mine = Study(study[0]._replace(output=str(tmp_path)))
+    ensure_neighbors(mine, 8, 300)
+    table = report(mine, sizes=[8, 16], shortlist=20, ks=[10])
+    assert table[table.method == "single-shot"].k.tolist() == [20, 20]
 
 
 def test_the_printed_table_is_format_table(study):

@@ -309,6 +309,17 @@ def gather(item):
     return items
 
 
+@contextmanager
+def ended_by_sigterm():
+    """Around the wait for the other processes, in which no handler of Python's would run: torchrun, which ends the
+    others where one refuses its settings, would get no answer and wait 30 s. Nothing is lost yet."""
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
 def leave_group(together=True):
     """Leave the process group, if there is one. together: its end waits for the other processes, so not after an error,
     when they may wait for this one.

@@ -6,7 +6,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from mrl_files import InputError, find_device, gather, rank
+from mrl_files import InputError, ended_by_sigterm, find_device, gather, rank
 
 
 def start_device(args):
@@ -18,7 +18,8 @@ def start_device(args):
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)      # the thread that pins batches asks for no other: it would go to GPU 0
     if several:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
+        with ended_by_sigterm():
+            dist.init_process_group("gloo", timeout=timedelta(days=7))
     return device
 
 

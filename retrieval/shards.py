@@ -20,7 +20,7 @@ import torch.distributed as dist
 from study import Study
 from tqdm import tqdm
 
-from mrl_files import InputError, gather, rank, world
+from mrl_files import InputError, ended_by_sigterm, gather, rank, world
 
 MERGED = 2 ** 28      # bytes of all processes' lists that are in the first one's memory at a time
 
@@ -32,7 +32,8 @@ def join():
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        dist.init_process_group("gloo", timeout=timedelta(days=7))      # as long as the first may do other things
+        with ended_by_sigterm():
+            dist.init_process_group("gloo", timeout=timedelta(days=7))      # as long as the first may do other things
     return rank() == 0
 
 

@@ -180,6 +180,18 @@ def torchrun(images, logs, nodes, epochs):
     return logs / "run"
 
 
+def test_what_the_first_refuses_ends_torchruns_others_at_once(images, tmp_path):
+    """They wait for it, and would hear of no SIGTERM but in 30 s of SIGKILL."""
+    (tmp_path / "run").mkdir()
+    checkpoint.write_params(tmp_path / "run", {"training": {"seed": 5}}, {})
+    words = command(images, tmp_path, "", "--training.batch_size=6")[2:]
+    words.remove("--logging.name=")
+    settings = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "max_restarts": 0, "rdzv_backend": "c10d",
+                "rdzv_endpoint": f"localhost:{free_port()}", "run_id": "run", "monitor_interval": 0.1}
+    said = "".join(Forked(run_torchrun, settings, "train/train_imagenet.py", *words).communicate())
+    assert "error:" in said and "this run began with" in said and "SIGTERM" in said and "SIGKILL" not in said, said
+
+
 def test_torchrun_restarts_a_killed_process(images, tmp_path_factory):
     """Both processes start again and go on: killed in another epoch and on two nodes, a run ends with the same weights.
     """

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from mrl_files import InputError, command_line, find_device, leave_group, world
+from mrl_files import InputError, command_line, ended_by_sigterm, find_device, leave_group, world
 
 FLAG = "--training.device"
 # After one process has ended, the others get this many seconds to end too: PyTorch would end them at once, and say so.
@@ -130,9 +130,10 @@ def run_worker(local_rank, worker, settings, *args):
     device = find_device(f"cuda:{local_rank}" if cuda else "cpu", FLAG)
     if cuda:
         torch.cuda.set_device(device)
-    # gloo beside nccl: small messages between the hosts must not wait for the GPU's queue
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=meeting_place(rank, size), rank=rank,
-                            world_size=size)
+    with ended_by_sigterm():
+        # gloo beside nccl: small messages between the hosts must not wait for the GPU's queue
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=meeting_place(rank, size), rank=rank,
+                                world_size=size)
     try:
         worker(device, settings, *args)
     except BaseException as end:

@@ -6,6 +6,8 @@
 xb [n, D], xq [q, D], D and I [q, k] as in neighbors.py. stages.py (retrieve.py index) builds the file; any program with
 FAISS can serve it.
 """
+import operator
+
 import numpy as np
 from faiss_kernels import faiss
 from indexes import STORES, build, find_kind, find_parameters, new_index, read_index, take_sample
@@ -101,6 +103,7 @@ def adaptive_search(index, xq, k, shortlist=200, nprobe=None):
 def adaptive_searcher(index, k, shortlist=200, nprobe=None):
     """-> function xq [q, D] -> D [q, k], I [q, k]. It builds FAISS's search parameters once, which saves a third of the
     time of single queries."""
+    k, shortlist = operator.index(k), operator.index(shortlist)      # FAISS takes Python's integers only
     if not 1 <= k <= shortlist <= index.ntotal:
         raise InputError(f"k={k}, shortlist={shortlist}: must be 1 <= k <= shortlist <= {index.ntotal} vectors")
     if shortlist > 1000 * k:

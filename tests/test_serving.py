@@ -26,7 +26,7 @@ def test_the_adaptive_index_is_shortlist_and_rerank(world, tmp_path, index, stor
     built = adaptive_index(xb, 8, rerank_dim, index, shortlist=100, storage=storage, file=file, record={})
     slack = {"float32": 2e-6, "float16": 2e-3, "sq8": 0.05}[storage]
     for k, shortlist in ((10, 100), (7, 100), (1, 1), (3, 50)):
-        D, I = adaptive_search(built, xq, k, shortlist)
+        D, I = adaptive_search(built, xq, np.int64(k), shortlist)      # as of np.arange
         if index == "exactl2":
             among = search(xb, xq, 8, shortlist)[1]
             assert_nearest(xb, xq, rerank_dim or 64, I, D, among, slack)

@@ -49,6 +49,18 @@ def test_ffcvs_recipes(monkeypatch, name, rate, batch, processes, decay, epochs,
     assert (s.resolution.start_ramp, s.resolution.end_ramp, s.resolution.max_res) == (*ramp, 192)
 
 
+def test_yaml_may_have_numbers_and_lists_for_texts(monkeypatch, tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "model: {nesting_list: [8, 16], relative_importance: [1, 0.5], trainable: [fc, a]}\n"
+        "dist: {port: 12356}\nlogging: {name: 1.5}\n")
+    s = read(monkeypatch, "--config-file", tmp_path / "a.yaml")
+    assert (s.model.nesting_list, s.model.relative_importance, s.model.trainable) == ("8,16", "1,0.5", "fc,a")
+    assert (s.dist.port, s.logging.name) == ("12356", "1.5")
+    (tmp_path / "a.yaml").write_text("dist: {port: {a: 1}}\n")
+    with pytest.raises(InputError, match=r"--dist.port={'a': 1}: expected a text"):
+        read(monkeypatch, "--config-file", tmp_path / "a.yaml")
+
+
 def test_a_file_goes_before_its_base(monkeypatch, tmp_path):
     (tmp_path / "a.yaml").write_text("base: b.yaml\nlr: {lr: 3}\n")
     (tmp_path / "b.yaml").write_text("lr: {lr: 2, lr_peak_epoch: 5}\ntraining: {epochs: 7}\n")

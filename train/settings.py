@@ -25,7 +25,19 @@ class FilePath(Checker):
         return "a path"
 
 
-PATH = FilePath()
+class Text(Checker):
+    """A text. YAML may have a number or a list in its place: port: 12355, nesting_list: [8, 16]."""
+
+    def check(self, value):
+        if isinstance(value, bool) or not isinstance(value, str | int | float | list):
+            raise TypeError
+        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    def help(self):
+        return "a text"
+
+
+PATH, TEXT = FilePath(), Text()
 
 
 def read_settings(config, description, defaults=None):
@@ -123,7 +135,7 @@ def check_values(config):
         problems.append(f"--{name}: {wanted}" if given is None else f"--{name}={given}: {wanted}")
     for path, given in () if problems else config.content.items():
         value = config[path]
-        if isinstance(given, float) and value != given:      # YAML's 1.5 for a whole number
+        if isinstance(given, float) and value not in (given, str(given)):      # YAML's 1.5 for a whole number
             problems.append(f"--{'.'.join(path)}={given}: expected {config.entries[path].checker.help()}")
         elif isinstance(value, float) and not math.isfinite(value):
             problems.append(f"--{'.'.join(path)}={given}: expected a finite number")

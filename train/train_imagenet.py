@@ -24,7 +24,7 @@ from fastargs import Config, Param, Section
 from fastargs.validation import And, InRange, OneOf
 from loaders import check_data, train_loader, val_loader
 from recipe import check_images, check_training, make_model, model_spec
-from settings import PATH, as_dict, read_flag, read_settings
+from settings import PATH, TEXT, as_dict, read_flag, read_settings
 from trainer import Trainer
 
 from mrl_files import InputError, command_line, file_path, import_extra, rank, world
@@ -38,17 +38,17 @@ SHARE = And(float, InRange(min=0, max=1))
 CONFIG = Config()
 
 Section("model", "the network", CONFIG).params(
-    arch=Param(str, "torchvision classifier, or timm/<name> (pip install timm)", default="resnet18"),
+    arch=Param(TEXT, "torchvision classifier, or timm/<name> (pip install timm)", default="resnet18"),
     pretrained=Param(SWITCH, "the library's weights for the backbone", default=0),
     efficient=Param(SWITCH, "MRL-E: one matrix whose columns all sizes share", default=0),
     mrl=Param(SWITCH, "MRL: one classifier per size", default=0),
     nesting_start=Param(WHOLE, "smallest size is 2**this", default=3),
-    nesting_list=Param(str, "sizes instead of the powers of two, such as 8,212,416"),
+    nesting_list=Param(TEXT, "sizes instead of the powers of two, such as 8,212,416"),
     fixed_feature=Param(COUNT, "neither mrl nor efficient: size of the fixed-feature baseline [default: all features]"),
-    relative_importance=Param(str, "weights of the sizes' losses, such as 2,1,1,1,1,1,1,1,1 [default: all 1]"),
+    relative_importance=Param(TEXT, "weights of the sizes' losses, such as 2,1,1,1,1,1,1,1,1 [default: all 1]"),
     num_classes=Param(COUNT, "number of classes", default=1000),
     init_from=Param(PATH, "fine-tune: begin with the backbone of this final_weights.pt; the head begins anew"),
-    trainable=Param(str, "fine-tune: parts that learn, such as fc,layer4.2.conv3 (the others stay as they are)"),
+    trainable=Param(TEXT, "fine-tune: parts that learn, such as fc,layer4.2.conv3 (the others stay as they are)"),
 )
 Section("resolution", "progressive resizing", CONFIG).params(
     min_res=Param(COUNT, "pixels a side up to start_ramp", default=160),
@@ -73,7 +73,7 @@ Section("lr", "learning rate: 1.7 * global batch / 4096 for ResNet50 and SGD", C
 )
 Section("logging", "what is left behind", CONFIG).params(
     folder=Param(PATH, "where run folders are made", required=True),
-    name=Param(str, "name of the run folder [default: a new uuid]; a named run that was stopped goes on"),
+    name=Param(TEXT, "name of the run folder [default: a new uuid]; a named run that was stopped goes on"),
     log_level=Param(And(int, OneOf([0, 1, 2])), "0: validate at the end; 1: each epoch; 2: also the loss in the bar",
                     default=1),
     tensorboard=Param(SWITCH, "write the log for TensorBoard too", default=0),
@@ -114,8 +114,8 @@ Section("training", "training", CONFIG).params(
 )
 Section("dist", "processes started by this script; under torchrun its environment wins", CONFIG).params(
     world_size=Param(COUNT, "processes, one per GPU", default=1),
-    address=Param(str, "where they meet", default="localhost"),
-    port=Param(str, "where they meet", default="12355"),
+    address=Param(TEXT, "where they meet", default="localhost"),
+    port=Param(TEXT, "where they meet", default="12355"),
 )
 
 

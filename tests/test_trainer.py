@@ -256,3 +256,5 @@ def test_the_next_command_finds_a_folder_of_ones_own_and_images_of_its_size(tmp_
     assert describe(tmp_path / "my pictures/val") == f" --data_root '{tmp_path}/my pictures'"
     assert describe(tmp_path / "my pictures") == describe(tmp_path / "val.ffcv") == ""
     assert describe(tmp_path / "val.ffcv", 32) == " --crop 32"
+    mrl_files.write_json(tmp_path / "val.ffcv.json", {"n": 1, "folder": str(tmp_path / "my pictures/val")})
+    assert describe(tmp_path / "val.ffcv", 32) == f" --data_root '{tmp_path}/my pictures' --crop 32"

@@ -17,7 +17,7 @@ from recipe import make_criterion, make_ema, make_mixing, make_model, make_optim
 from torch import nn
 from tqdm import tqdm
 
-from mrl_files import InputError, describe_error, gather, rank, world
+from mrl_files import InputError, describe_error, gather, rank, read_json, world
 from mrl_models import autocast, classify_in_float32, compute_logits, count, preparation, similar_sizes
 
 SKIPS = 26                           # steps in a row that fp16 may skip: a healthy run skips a few at its beginning
@@ -263,8 +263,9 @@ class Trainer:
 
 
 def describe_images(settings):
-    """-> what tells pytorch_inference.py where V1 is, if training validated on a folder called val; and how large its
-    images are, if they are not about as large as ImageNet's."""
-    folder, pixels = Path(settings.data.val_dataset).absolute(), settings.validation.resolution
+    """-> what tells pytorch_inference.py where V1 is, if training validated on a folder called val, or an .ffcv file of
+    one; and how large its images are, if they are not about as large as ImageNet's."""
+    val, pixels = Path(settings.data.val_dataset).absolute(), settings.validation.resolution
+    folder = val if val.is_dir() else Path((read_json(f"{val}.json") or {}).get("folder", ""))
     there = f" --data_root {shlex.quote(str(folder.parent))}" if folder.is_dir() and folder.name == "val" else ""
     return there if similar_sizes(pixels, 224) else f"{there} --crop {pixels}"

@@ -99,7 +99,8 @@ def write(cfg):
             raise InputError(f"--cfg.data_dir={cfg.data_dir}: {images.unreadable.value} of {len(images)} images "
                              "cannot be read (named above); nothing written")
         companion.unlink(missing_ok=True)      # it never describes another file
-    write_json(companion, {"classes": dataset.classes, "n": len(images), "split": cfg.split})
+    write_json(companion, {"classes": dataset.classes, "n": len(images), "split": cfg.split,
+                           "folder": str(Path(cfg.data_dir).absolute())})
     print(f"wrote {cfg.write_path}: {len(images)} images, {os.path.getsize(cfg.write_path) / 1e6:.1f} MB")
 
 

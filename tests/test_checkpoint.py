@@ -79,10 +79,14 @@ def test_what_does_not_change_results_may_change(tmp_path):
     checkpoint.write_params(tmp_path, SETTINGS, {"head": "mrl"})
     params = json.loads((tmp_path / "params.json").read_text())
     assert params["model"] == {"head": "mrl"} and params["versions"]["torch"] == torch.__version__ and params["command"]
-    checkpoint.check_same_run(tmp_path, SETTINGS | {"data": {"num_workers": 12}})
+    checkpoint.check_same_run(tmp_path, SETTINGS | {"data": {"num_workers": 12}}, {})
     with pytest.raises(InputError, match=r"--training.epochs=3, now 5"):
-        checkpoint.check_same_run(tmp_path, SETTINGS | {"training": {"epochs": 5}})
+        checkpoint.check_same_run(tmp_path, SETTINGS | {"training": {"epochs": 5}}, {})
     with pytest.raises(InputError, match=r"--training.seed=None, now 1"):
-        checkpoint.check_same_run(tmp_path, SETTINGS | {"training": {"epochs": 3, "seed": 1}})
+        checkpoint.check_same_run(tmp_path, SETTINGS | {"training": {"epochs": 3, "seed": 1}}, {})
+    newer = SETTINGS | {"training": {"epochs": 3, "seed": 0}}      # of an edition that has one setting more
+    checkpoint.check_same_run(tmp_path, newer, {"training.seed": 0})
+    with pytest.raises(InputError, match=r"--training.seed=1, now 0"):
+        checkpoint.check_same_run(tmp_path, newer, {"training.seed": 1})
     with pytest.raises(InputError, match="no run folder"):
         checkpoint.saved_settings(tmp_path / "elsewhere")

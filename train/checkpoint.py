@@ -51,9 +51,10 @@ def saved_settings(folder):
     return settings
 
 
-def check_same_run(folder, settings):
-    """InputError where a setting that changes results differs from those the run began with."""
-    began, now = flatten(saved_settings(folder)), flatten(settings)
+def check_same_run(folder, settings, defaults):
+    """InputError where a setting that changes results differs from those the run began with. defaults: of settings that
+    did not exist when it began, {"training.seed": 0, ...}."""
+    began, now = defaults | flatten(saved_settings(folder)), defaults | flatten(settings)
     for key in sorted(began | now):
         if not key.startswith(FREE) and began.get(key) != now.get(key):
             raise InputError(f"{folder}: this run began with --{key}={began.get(key)}, now {now.get(key)}; "

@@ -193,7 +193,8 @@ def open_folder(folder, settings, spec):
     if not (folder / "params.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_params(folder, settings, spec)
-    checkpoint.check_same_run(folder, settings)
+    defaults = {".".join(path): param.default for path, param in CONFIG.entries.items()}
+    checkpoint.check_same_run(folder, settings, defaults)
     if (folder / "final_weights.pt").exists() and not settings["training"]["eval_only"]:
         raise InputError(f"{folder}: this run is finished; choose another --logging.name")
     print(f"run folder: {folder}", flush=True)

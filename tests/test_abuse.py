@@ -16,7 +16,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatch
@@ -66,7 +65,7 @@ from abuse_inputs import (
     words_of,
 )
 from conftest import ROOT, exit_status, output_to, python_that_notes, start_here, with_python
-from forked import Forked
+from forked import Forked, wait_for
 
 
 class Row(NamedTuple):
@@ -457,13 +456,6 @@ def test_interrupted_work_leaves_no_half_file_and_no_process(stopped, place):
         process.wait()
     assert not re.search("Traceback|Warning|leaked", stderr.read_text())
     assert_kept(before, place, stopped.leaves)
-
-
-def wait_for(condition, seconds=180):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
 
 
 def no_process_in_group(group):

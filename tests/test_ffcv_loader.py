@@ -11,7 +11,8 @@ import pytest
 import torch
 from ffcv.fields.rgb_image import IMAGE_MODES
 from ffcv.reader import Reader
-from ffcv_loader import SeededCrop, companion, inspect
+from ffcv_loader import SeededCrop, inspect
+from loaders import companion
 from torchvision.transforms.functional import resize
 
 from mrl_files import InputError

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT
-from forked import Forked, fork, statuses
+from forked import Forked, fork, statuses, wait_for
 
 import mrl_files
 from mrl_files import (
@@ -43,11 +43,12 @@ def test_replacing_leaves_nothing_half_written(tmp_path):
 # ---- files
 
 def wait_for_words(capfd, words, times=1):
-    said, end = "", time.monotonic() + 60
-    while said.count(words) < times:
-        assert time.monotonic() < end, said
-        time.sleep(0.01)
-        said += capfd.readouterr().err
+    said = []
+
+    def heard():
+        said.append(capfd.readouterr().err)
+        return "".join(said).count(words) >= times
+    wait_for(heard)
 
 
 def test_locked_lets_one_in_at_a_time(tmp_path, capfd):
@@ -81,15 +82,11 @@ def test_locked_after_waiting_for_a_file_that_is_gone(tmp_path, monkeypatch, cap
     woken, third_in, inside, lockf = *(tmp_path / name for name in ("woken", "third_in", "inside")), fcntl.lockf
     path = tmp_path / "made/a"
 
-    def until(file):
-        while not file.exists():
-            time.sleep(0.01)
-
     def wakes_late(file, how):
         lockf(file, how)
         if how == fcntl.LOCK_EX:                     # only who waits asks so
             woken.touch()
-            until(third_in)
+            wait_for(third_in.exists)
 
     def wait():
         with locked(path):
@@ -99,7 +96,7 @@ def test_locked_after_waiting_for_a_file_that_is_gone(tmp_path, monkeypatch, cap
     with locked(path):
         waiting = fork(wait)
         wait_for_words(capfd, "waiting")
-    until(woken)
+    wait_for(woken.exists)
     with locked(path):
         third_in.touch()
         time.sleep(0.2)

@@ -13,7 +13,7 @@ import launch
 import pytest
 import torch
 import train_imagenet
-from forked import Forked, fork, free_port, run_torchrun, statuses
+from forked import Forked, fork, free_port, run_torchrun, statuses, wait_for
 
 import mrl_models
 from mrl_files import InputError
@@ -117,8 +117,7 @@ def test_a_second_process_is_kept_out_of_a_run(train, tmp_path):
             time.sleep(100)
 
     holder = fork(hold)
-    while not (tmp_path / "held").exists():
-        time.sleep(0.01)
+    wait_for((tmp_path / "held").exists)
     with pytest.raises(InputError, match="another process trains in it"):
         train("run")
     os.kill(holder, signal.SIGKILL)

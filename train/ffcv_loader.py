@@ -19,6 +19,7 @@ from ffcv.pipeline.compiler import Compiler
 from ffcv.reader import Reader
 from ffcv.transforms import ToDevice, ToTensor
 from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, HeaderType
+from loaders import companion
 
 from mrl_files import InputError, read_json
 
@@ -136,11 +137,6 @@ def inspect(path, num_classes):
     if labels.min() < 0 or labels.max() >= num_classes:
         raise InputError(f"{path}: labels run from {labels.min()} to {labels.max()}, model.num_classes={num_classes}")
     return reader.num_samples, read_classes(path, reader.num_samples)
-
-
-def companion(path):
-    """-> where the names of a file's classes are kept."""
-    return Path(f"{path}.json")
 
 
 def read_classes(path, images):

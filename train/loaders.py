@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from functools import cache
+from pathlib import Path
 
 import folder_loader
 import launch
@@ -15,6 +16,11 @@ import torch
 
 from mrl_files import InputError, describe_error
 from mrl_images import check_same_classes
+
+
+def companion(path):
+    """-> the JSON beside an .ffcv file: the names of its classes, the folder that it was made from."""
+    return Path(f"{path}.json")
 
 
 def find_reader(path):

@@ -31,7 +31,7 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 def read_numbers(text, kind, flag):
     """'8,16,32' -> [8, 16, 32]; None stays None."""
     try:
-        return None if text is None else numbers(kind)(str(text))
+        return None if text is None else numbers(kind)(text)
     except ValueError:
         raise InputError(f"--{flag}={text}: expected numbers separated by commas") from None
 

@@ -12,7 +12,7 @@ import launch
 import schedules
 import torch
 from epoch_log import Stopwatch, append_events, append_log, format_table, named
-from loaders import normalise, pixel_statistics
+from loaders import companion, normalise, pixel_statistics
 from recipe import make_criterion, make_ema, make_mixing, make_model, make_optimizer, train_mode
 from torch import nn
 from tqdm import tqdm
@@ -266,6 +266,6 @@ def describe_images(settings):
     """-> what tells pytorch_inference.py where V1 is, if training validated on a folder called val, or an .ffcv file of
     one; and how large its images are, if they are not about as large as ImageNet's."""
     val, pixels = Path(settings.data.val_dataset).absolute(), settings.validation.resolution
-    folder = val if val.is_dir() else Path((read_json(f"{val}.json") or {}).get("folder", ""))
+    folder = val if val.is_dir() else Path((read_json(companion(val)) or {}).get("folder", ""))
     there = f" --data_root {shlex.quote(str(folder.parent))}" if folder.is_dir() and folder.name == "val" else ""
     return there if similar_sizes(pixels, 224) else f"{there} --crop {pixels}"

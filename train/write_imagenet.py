@@ -16,7 +16,7 @@ import numpy as np
 from fastargs import Config, Param, Section
 from fastargs.validation import And, InRange, OneOf
 from folder_loader import ClassFolders
-from loaders import import_ffcv
+from loaders import companion, import_ffcv
 from PIL import Image
 from settings import PATH, read_settings
 from torch.utils.data import Dataset
@@ -88,7 +88,6 @@ class Readable(Dataset):
 
 def write(cfg):
     write_file = import_ffcv("ffcv_writer", cfg.write_path).write_file
-    companion = import_ffcv("ffcv_loader", cfg.write_path).companion(cfg.write_path)
     dataset = open_dataset(cfg)
     images = Readable(dataset, len(dataset) if cfg.subset < 0 else min(cfg.subset, len(dataset)), cfg.max_resolution)
     if not len(images):
@@ -98,9 +97,9 @@ def write(cfg):
         if images.unreadable.value:
             raise InputError(f"--cfg.data_dir={cfg.data_dir}: {images.unreadable.value} of {len(images)} images "
                              "cannot be read (named above); nothing written")
-        companion.unlink(missing_ok=True)      # it never describes another file
-    write_json(companion, {"classes": dataset.classes, "n": len(images), "split": cfg.split,
-                           "folder": str(Path(cfg.data_dir).absolute())})
+        companion(cfg.write_path).unlink(missing_ok=True)      # it never describes another file
+    write_json(companion(cfg.write_path), {"classes": dataset.classes, "n": len(images), "split": cfg.split,
+                                           "folder": str(Path(cfg.data_dir).absolute())})
     print(f"wrote {cfg.write_path}: {len(images)} images, {os.path.getsize(cfg.write_path) / 1e6:.1f} MB")
 
 
